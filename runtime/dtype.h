@@ -1,0 +1,57 @@
+/* dtype.h - the weight formats: one table row and one row decoder each.
+ *
+ * Values are ggml's; a decoder gives exactly what gguf-py's quants.dequantize gives (same operations, same order,
+ * f32). dtype.c draws the bytes of each block above its decoder.
+ */
+#ifndef KVM_DTYPE_H
+#define KVM_DTYPE_H
+
+#include "base.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*  X(enum, name, gguf id, values per block, bytes per block) */
+#define KVM_DTYPE_LIST(X)                                                                                              \
+    X(F32, "F32", 0, 1, 4)                                                                                             \
+    X(F16, "F16", 1, 1, 2)                                                                                             \
+    X(Q4_0, "Q4_0", 2, 32, 18)                                                                                         \
+    X(Q4_1, "Q4_1", 3, 32, 20)                                                                                         \
+    X(Q5_0, "Q5_0", 6, 32, 22)                                                                                         \
+    X(Q5_1, "Q5_1", 7, 32, 24)                                                                                         \
+    X(Q8_0, "Q8_0", 8, 32, 34)                                                                                         \
+    X(Q4_K, "Q4_K", 12, 256, 144)                                                                                      \
+    X(Q5_K, "Q5_K", 13, 256, 176)                                                                                      \
+    X(Q6_K, "Q6_K", 14, 256, 210)                                                                                      \
+    X(BF16, "BF16", 30, 1, 2)
+
+typedef enum {
+#define X(id, name, gguf, values, bytes) KVM_DTYPE_##id,
+    KVM_DTYPE_LIST(X)
+#undef X
+        KVM_DTYPE_COUNT
+} kvm_dtype;
+
+typedef struct {
+    const char *name;
+    uint32_t gguf_id;
+    int32_t block_values, block_bytes;
+    /* src: n / block_values blocks, any alignment; dst: [n]; n a multiple of block_values */
+    void (*decode)(const void *src, float *dst, int64_t n);
+} kvm_dtype_info;
+
+extern const kvm_dtype_info kvm_dtypes[KVM_DTYPE_COUNT];
+
+/* false for a gguf type id that has no row; *name is then ggml's name for it, or NULL when unknown to us too */
+bool kvm_dtype_from_gguf(uint32_t gguf_id, kvm_dtype *out, const char **name);
+
+/* bytes of a row of n values; n is a multiple of the block, checked when the file was read */
+static inline size_t kvm_dtype_row_bytes(kvm_dtype type, int64_t n) {
+    return (size_t)(n / kvm_dtypes[type].block_values) * (size_t)kvm_dtypes[type].block_bytes;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif
