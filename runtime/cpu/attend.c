@@ -1,0 +1,290 @@
+/* attend.c - the stage `attend`: one softmax over sinks, packed pages and f16 pages.
+ *
+ * Keys are cut into *runs* at fixed positions: the packed pages of each 8 (1,024 positions), then the sinks, then the
+ * f16 pages of each 8. A run gives a *partial* - for each query the maximum m, the sum l of exp(score - m) and the
+ * sum acc of exp(score - m) * v - with an online softmax over its pages; partials merge in the order of the runs. So
+ * a row's bits depend on its sequence and position alone: not on the threads, not on which rows share its batch.
+ *
+ * Rows of one sequence with one cut form a block; a block's queries of one KV head (rows x n_head / n_head_kv) go
+ * through every page together, so each page is decoded once for all of them. With many rows a thread takes a block
+ * and a head; with few (decoding) it takes a block, a head and a run, and a second pass merges.
+ *
+ * Packed pages live in another frame (kvtype.h 2): they meet q' = H(balance * q) and the logit q.mean, and their acc
+ * is rotated back once, before the sinks and the f16 pages join.
+ *
+ * Bytes moved for a token: every byte of its packed pages and its f16 window, once for each KV head; the bound is
+ * reading them. The tiles in f32 (64 KiB at d = 128) stay in the second-level cache.
+ */
+#include "cpu.h"
+
+enum { RUN_PAGES = 8 };
+
+typedef struct {
+    kvm_backend *b;
+    const kvm_layer *layer;
+    const kvm_layer_layout *layout;
+    int32_t layer_index, n_blocks, group; /* group: query heads of a KV head */
+    const kvm_plan *plan;
+    bool split;
+} attend_context;
+
+/* one block and one KV head in one thread's hands */
+typedef struct {
+    const attend_context *c;
+    const kvm_attend_block *block;
+    const kvm_plan_row *rows; /* the block's */
+    const kvm_view *view;
+    int32_t head, m; /* m queries: index row * group + g */
+    kvm_cpu_scratch *s;
+    const uint8_t *store;
+} unit;
+
+typedef struct {
+    float *m, *l; /* [queries] */
+    float *acc;   /* [queries][d_v] */
+} partial;
+
+int32_t kvm_cpu_max_runs(int32_t n_ctx) { return kvm_ceil_div(kvm_ceil_div(n_ctx, KVM_PAGE), RUN_PAGES) + 3; }
+size_t kvm_cpu_partial_floats(int32_t m, int32_t d_v) { return (size_t)m * (size_t)(d_v + 2); }
+
+static partial partial_at(float *floats, int32_t m) { return (partial){floats, floats + m, floats + 2 * m}; }
+
+static void clear(partial p, int32_t m, int32_t d_v) {
+    for (int32_t i = 0; i < m; i++) {
+        p.m[i] = -INFINITY;
+        p.l[i] = 0;
+    }
+    memset(p.acc, 0, (size_t)m * (size_t)d_v * sizeof *p.acc);
+}
+
+static void scale_row(float *row, int32_t n, float factor) {
+    for (int32_t i = 0; i < n; i++) row[i] *= factor;
+}
+
+static void merge(partial total, partial run, int32_t m, int32_t d_v) {
+    for (int32_t i = 0; i < m; i++) {
+        if (run.m[i] == -INFINITY) continue; /* this row saw nothing of the run */
+        float top = total.m[i] > run.m[i] ? total.m[i] : run.m[i];
+        float keep = expf(total.m[i] - top), join = expf(run.m[i] - top);
+        float *to = total.acc + (size_t)i * (size_t)d_v, *from = run.acc + (size_t)i * (size_t)d_v;
+        for (int32_t j = 0; j < d_v; j++) to[j] = to[j] * keep + from[j] * join;
+        total.l[i] = total.l[i] * keep + run.l[i] * join;
+        total.m[i] = top;
+    }
+}
+
+/* ---- one run ------------------------------------------------------------------------------------------------- */
+
+/* positions [low, high) of the page at `base` that the row sees */
+static void visible(const kvm_plan_row *row, int32_t base, int32_t n, int32_t *low, int32_t *high) {
+    *low = kvm_max(row->first - base, 0);
+    *high = kvm_min(row->pos + 1 - base, n);
+}
+
+/* One page (or the sinks): K tile k [d_k][ldk], V tile v [128][d_v], n positions from `base` on; `skip` are masked. */
+static void attend_tile(const unit *u, const float *q, int32_t base, int32_t n, int32_t skip, const float *k, int32_t ldk,
+                        const float *v, const float *offset, partial out) {
+    const kvm_cpu_kernels *kernels = u->c->b->kernels;
+    int32_t d_k = u->c->layer->d_k, d_v = u->c->layer->d_v, end = 0;
+    float *score = u->s->score;
+    memset(score, 0, (size_t)u->m * KVM_PAGE * sizeof *score);
+    kernels->gemm_f32(u->m, n, d_k, q, d_k, k, ldk, score, KVM_PAGE);
+    for (int32_t i = 0; i < u->m; i++, score += KVM_PAGE) {
+        int32_t low, high;
+        visible(&u->rows[i / u->c->group], base, n, &low, &high);
+        low = kvm_max(low, skip);
+        if (low >= high) {
+            memset(score, 0, KVM_PAGE * sizeof *score); /* weights of 0 */
+            continue;
+        }
+        for (int32_t p = 0; p < low; p++) score[p] = -INFINITY;
+        for (int32_t p = high; p < KVM_PAGE; p++) score[p] = -INFINITY;
+        for (int32_t p = low; offset != NULL && p < high; p++) score[p] += offset[i];
+        float factor = kernels->softmax_step(score, &out.m[i], &out.l[i]);
+        if (factor != 1.0f) scale_row(out.acc + (size_t)i * (size_t)d_v, d_v, factor);
+        end = kvm_max(end, high);
+    }
+    kernels->gemm_f32(u->m, d_v, end, u->s->score, KVM_PAGE, v, d_v, out.acc, d_v);
+}
+
+/* q' of every query for packed keys under this balance */
+static void turn_queries(const unit *u, const uint16_t *balance) {
+    int32_t d = u->c->layer->d_k, block = kvm_hadamard_block(d, KVM_SIDE_K);
+    for (int32_t i = 0; i < u->m; i++) {
+        const float *q = u->s->q + i * d;
+        float *turned = u->s->q_packed + i * d;
+        for (int32_t j = 0; j < d; j++) turned[j] = kvm_f16_to_f32(balance[j]) * q[j];
+        kvm_hadamard(turned, d, 1, block);
+    }
+}
+
+static void attend_packed_page(const unit *u, int32_t page, partial out) {
+    const attend_context *c = u->c;
+    const kvm_layer_layout *l = c->layout;
+    const kvm_cpu_kernels *kernels = c->b->kernels;
+    int32_t d_k = c->layer->d_k, sink = page == 0 ? c->b->cache->sink : 0;
+    uint8_t *k = kvm_cpu_packed_page(c->b, c->layer_index, u->view->pages[page].packed, u->head);
+    const float *q = u->s->q, *offset = NULL;
+    if (l->k_type != KVM_KVTYPE_F16) {
+        if (l->k.balance >= 0) turn_queries(u, kvm_cpu_half(k + l->k.balance));
+        q = u->s->q_packed;
+        kernels->load_f16(kvm_cpu_half(k + l->k.mean), d_k, u->s->mean);
+        memset(u->s->offset, 0, (size_t)u->m * sizeof(float));
+        kernels->gemm_f32(u->m, 1, d_k, u->s->q, d_k, u->s->mean, 1, u->s->offset, 1);
+        offset = u->s->offset;
+    }
+    kernels->load_packed(l->k_type, KVM_SIDE_K, k, d_k, u->s->k);
+    kernels->load_packed(l->v_type, KVM_SIDE_V, k + l->packed.v, c->layer->d_v, u->s->v);
+    attend_tile(u, q, page * KVM_PAGE, KVM_PAGE, sink, u->s->k, KVM_PAGE, u->s->v, offset, out);
+}
+
+static void attend_f16_page(const unit *u, int32_t page, partial out) {
+    const attend_context *c = u->c;
+    uint8_t *k = kvm_cpu_f16_page(c->b, c->layer_index, u->view->pages[page].f16, u->head);
+    int32_t base = page * KVM_PAGE, n = kvm_min(KVM_PAGE, u->rows[u->block->n_rows - 1].pos + 1 - base);
+    c->b->kernels->load_f16(kvm_cpu_half(k), c->layer->d_k * KVM_PAGE, u->s->k);
+    c->b->kernels->load_f16(kvm_cpu_half(k + c->layout->f16.v), n * c->layer->d_v, u->s->v);
+    attend_tile(u, u->s->q, base, n, 0, u->s->k, KVM_PAGE, u->s->v, NULL, out);
+}
+
+static void attend_sinks(const unit *u, partial out) {
+    const attend_context *c = u->c;
+    int32_t sink = c->b->cache->sink;
+    const uint16_t *k = (const uint16_t *)(const void *)u->store;
+    const uint16_t *v = (const uint16_t *)(const void *)(u->store + c->layout->store.sink_v);
+    c->b->kernels->load_f16(k, c->layer->d_k * sink, u->s->k);
+    c->b->kernels->load_f16(v, c->layer->d_v * sink, u->s->v);
+    attend_tile(u, u->s->q, 0, sink, 0, u->s->k, sink, u->s->v, NULL, out);
+}
+
+/* first and last page that the block's rows see, and the first that is read in f16 */
+static void block_pages(const kvm_plan_row *rows, int32_t n_rows, int32_t *first, int32_t *last, int32_t *f16_from) {
+    *first = rows[0].first / KVM_PAGE;
+    *last = rows[n_rows - 1].pos / KVM_PAGE;
+    *f16_from = kvm_max(rows[0].cut / KVM_PAGE, *first);
+}
+
+static void count_runs(const attend_context *c, kvm_attend_block *block) {
+    const kvm_plan_row *rows = &c->plan->rows[block->row];
+    int32_t first, last, f16_from;
+    block_pages(rows, block->n_rows, &first, &last, &f16_from);
+    block->n_packed = f16_from > first ? (f16_from - 1) / RUN_PAGES - first / RUN_PAGES + 1 : 0;
+    block->n_runs = block->n_packed;
+    if (f16_from > 0 && rows[0].first < c->b->cache->sink) block->n_runs++;
+    if (last >= f16_from) block->n_runs += last / RUN_PAGES - f16_from / RUN_PAGES + 1;
+}
+
+static void attend_run(const unit *u, int32_t run, partial out) {
+    int32_t first, last, f16_from, n_packed = u->block->n_packed;
+    block_pages(u->rows, u->block->n_rows, &first, &last, &f16_from);
+    clear(out, u->m, u->c->layer->d_v);
+    if (run < n_packed) {
+        int32_t from = (first / RUN_PAGES + run) * RUN_PAGES, to = kvm_min(from + RUN_PAGES, f16_from);
+        for (int32_t p = kvm_max(from, first); p < to; p++) attend_packed_page(u, p, out);
+        return;
+    }
+    run -= n_packed;
+    if (f16_from > 0 && u->rows[0].first < u->c->b->cache->sink && run-- == 0) {
+        attend_sinks(u, out);
+        return;
+    }
+    int32_t from = (f16_from / RUN_PAGES + run) * RUN_PAGES, to = kvm_min(from + RUN_PAGES, last + 1);
+    for (int32_t p = kvm_max(from, f16_from); p < to; p++) attend_f16_page(u, p, out);
+}
+
+/* ---- units --------------------------------------------------------------------------------------------------- */
+
+static unit open_unit(const attend_context *c, int32_t block_index, int32_t head, int32_t thread) {
+    const kvm_attend_block *block = &c->b->blocks[block_index];
+    const kvm_plan_row *rows = &c->plan->rows[block->row];
+    unit u = {.c = c, .block = block, .rows = rows, .view = &c->plan->views[rows->view], .head = head,
+              .m = block->n_rows * c->group, .s = &c->b->scratch[thread]};
+    u.store = kvm_cpu_store(c->b, c->layer_index, u.view->store, head);
+    return u;
+}
+
+/* the unit's queries, scaled; and their packed form where the balance is one for all pages */
+static void load_queries(const unit *u) {
+    const attend_context *c = u->c;
+    int32_t d = c->layer->d_k;
+    for (int32_t i = 0; i < u->m; i++) {
+        int32_t row = u->block->row + i / c->group, head = u->head * c->group + i % c->group;
+        const float *q = c->b->q + (size_t)row * (size_t)c->b->q_width + (size_t)(head * d);
+        for (int32_t j = 0; j < d; j++) u->s->q[i * d + j] = q[j] * c->layer->scale;
+    }
+    if (u->block->n_packed > 0 && c->layout->store.balance >= 0) {
+        turn_queries(u, (const uint16_t *)(const void *)(u->store + c->layout->store.balance));
+    }
+}
+
+static partial split_partial(const unit *u, int32_t run) {
+    size_t floats = kvm_cpu_partial_floats(u->m, u->c->layer->d_v);
+    size_t index = (size_t)(run * u->c->layer->n_head_kv + u->head);
+    return partial_at(u->c->b->partials + u->block->partials + index * floats, u->m);
+}
+
+static void turn_back(const unit *u, partial total) {
+    int32_t d = u->c->layer->d_v;
+    if (u->c->layout->v_type == KVM_KVTYPE_F16) return;
+    for (int32_t i = 0; i < u->m; i++) kvm_hadamard(total.acc + i * d, d, 1, kvm_hadamard_block(d, KVM_SIDE_V));
+}
+
+/* merges the unit's runs, computing them here unless they were split, and writes its heads of the result */
+static void attend_unit(void *context, int32_t item, int32_t thread) {
+    const attend_context *c = context;
+    unit u = open_unit(c, item / c->layer->n_head_kv, item % c->layer->n_head_kv, thread);
+    int32_t d_v = c->layer->d_v;
+    partial total = partial_at(u.s->total, u.m);
+    clear(total, u.m, d_v);
+    if (!c->split) load_queries(&u);
+    for (int32_t run = 0; run < u.block->n_runs; run++) {
+        partial part = c->split ? split_partial(&u, run) : partial_at(u.s->run, u.m);
+        if (!c->split) attend_run(&u, run, part);
+        merge(total, part, u.m, d_v);
+        if (run == u.block->n_packed - 1) turn_back(&u, total);
+    }
+    for (int32_t i = 0; i < u.m; i++) {
+        int32_t row = u.block->row + i / c->group, head = u.head * c->group + i % c->group;
+        float *out = c->b->attention + (size_t)row * (size_t)c->b->o_width + (size_t)(head * d_v);
+        for (int32_t j = 0; j < d_v; j++) out[j] = total.acc[i * d_v + j] / total.l[i];
+    }
+}
+
+static void attend_split_run(void *context, int32_t item, int32_t thread) {
+    const attend_context *c = context;
+    int32_t head = item % c->layer->n_head_kv, run = item / c->layer->n_head_kv, block = 0;
+    for (; run >= c->b->blocks[block].n_runs; block++) run -= c->b->blocks[block].n_runs;
+    unit u = open_unit(c, block, head, thread);
+    load_queries(&u);
+    attend_run(&u, run, split_partial(&u, run));
+}
+
+static void make_blocks(attend_context *c) {
+    const kvm_plan_row *rows = c->plan->rows;
+    int32_t most = kvm_max(c->b->m_max / c->group, 1);
+    size_t partials = 0;
+    for (int32_t row = 0, n; row < c->plan->n_rows; row += n) {
+        for (n = 1; n < most && row + n < c->plan->n_rows; n++) {
+            if (rows[row + n].view != rows[row].view || rows[row + n].cut != rows[row].cut) break;
+        }
+        kvm_attend_block *block = &c->b->blocks[c->n_blocks++];
+        *block = (kvm_attend_block){.row = row, .n_rows = n, .partials = partials};
+        count_runs(c, block);
+        partials += (size_t)(block->n_runs * c->layer->n_head_kv) *
+                    kvm_cpu_partial_floats(n * c->group, c->layer->d_v);
+    }
+}
+
+kvmix_status kvm_cpu_attend(kvm_backend *b, int32_t layer, const kvm_plan *plan) {
+    const kvm_layer *l = &b->net->layers[layer];
+    attend_context c = {.b = b, .layer = l, .layout = &b->cache->layers[layer], .layer_index = layer, .plan = plan,
+                        .group = l->n_head / l->n_head_kv, .split = plan->n_rows <= KVM_FEW_ROWS};
+    make_blocks(&c);
+    if (c.split) {
+        int32_t n_runs = 0;
+        for (int32_t i = 0; i < c.n_blocks; i++) n_runs += b->blocks[i].n_runs;
+        kvm_pool_run(b->pool, n_runs * l->n_head_kv, attend_split_run, &c);
+    }
+    kvm_pool_run(b->pool, c.n_blocks * l->n_head_kv, attend_unit, &c);
+    return KVMIX_OK;
+}

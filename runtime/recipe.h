@@ -1,0 +1,30 @@
+/* recipe.h - which type every layer's K and V has, the window, the sinks and the kind of key balance.
+ *
+ * Text form: pair(,A-B:pair)*, `;` for `,` too, spaces anywhere; pair = k<T>v<T>, T = 2 3 4 8 f16; a bare type name
+ * ("f16", "q8") is both sides; ranges are inclusive layer numbers, one number is a range; later wins.
+ * In a GGUF file: kvmix.version (1), kvmix.k_type and kvmix.v_type (string arrays, one name a layer, authoritative),
+ * kvmix.recipe (the text; refused when it disagrees), kvmix.window, kvmix.sink, kvmix.balance ("frozen" | "page").
+ */
+#ifndef KVM_RECIPE_H
+#define KVM_RECIPE_H
+
+#include "backend.h"
+#include "gguf.h"
+
+enum { KVM_LAYER_MAX = 1024, KVM_RECIPE_TEXT_MAX = 16384, KVM_WINDOW_MAX = 1 << 24 };
+
+typedef struct {
+    int32_t n_layer;
+    uint8_t k[KVM_LAYER_MAX], v[KVM_LAYER_MAX]; /* kvm_kvtype */
+    int32_t window, sink;
+    bool balance_page;
+    const char *source;             /* who set the types: "-ctk/-ctv", "--kv", "file", "catalog", "default" */
+    char text[KVM_RECIPE_TEXT_MAX]; /* canonical: the commonest pair, then the layers that differ */
+} kvm_recipe;
+
+/* Resolves the types by precedence - k_type/v_type, kv, the file, kv_default, k4v3 - and window, sink and balance
+ * apart from them. ARG, FORMAT and UNSUPPORTED say which text, key or layer does not fit. */
+kvmix_status kvm_recipe_resolve(kvm_recipe *out, const kvm_gguf *file, int32_t n_layer,
+                                const kvmix_session_options *options);
+
+#endif
