@@ -1,0 +1,276 @@
+/* kernels_avx2.c - the table of kernels.h for AVX2 + FMA + F16C. matmul_avx2.c has the quantized matmul.
+ *
+ * The rule of kernels.h, that an output's bits depend on its own inputs only, is kept by giving every output one lane
+ * from beginning to end: blocks and tails differ in which outputs they hold together, never in what is done to one.
+ * quantize_q8, load_packed and load_f16 give the scalar table's bits; the rest differs from it by rounding (fused
+ * multiply-adds, an exp of its own, another order of the softmax sum).
+ */
+#include <immintrin.h>
+
+#include "matmul_avx2.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { W = 8 }; /* floats of a vector */
+
+static bool supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+/* all bits set in the first n lanes */
+INLINE __m256i first_lanes(int32_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+INLINE __m256 abs_vector(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+INLINE float lane_0(__m256 v) { return _mm256_cvtss_f32(v); }
+
+/* lanes j and j + 4, then + 2, then + 1 */
+INLINE float fold_sum(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE float fold_max(__m256 v) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* ---- gemm_f32 ----------------------------------------------------------------------------------------------- */
+
+enum { GEMM_ROWS = 6, GEMM_VECTORS = 8 }; /* the most rows, and the most vectors, of a block of c */
+
+/* One block of c in registers: `rows` by `vectors` x 8; with `masked`, one vector of which `lanes` exist. */
+INLINE void gemm_block(const int32_t rows, const int32_t vectors, const bool masked, __m256i lanes, int32_t k,
+                       const float *a, size_t lda, const float *b, size_t ldb, float *c, size_t ldc) {
+    __m256 acc[GEMM_ROWS][GEMM_VECTORS];
+    for (int32_t i = 0; i < rows; i++) {
+        for (int32_t v = 0; v < vectors; v++) {
+            const float *src = c + (size_t)i * ldc + W * v;
+            acc[i][v] = masked ? _mm256_maskload_ps(src, lanes) : _mm256_loadu_ps(src);
+        }
+    }
+    for (int32_t l = 0; l < k; l++, b += ldb) {
+        __m256 column[GEMM_VECTORS];
+#pragma GCC unroll 8
+        for (int32_t v = 0; v < vectors; v++) {
+            column[v] = masked ? _mm256_maskload_ps(b + W * v, lanes) : _mm256_loadu_ps(b + W * v);
+        }
+#pragma GCC unroll 8
+        for (int32_t i = 0; i < rows; i++) {
+            __m256 value = _mm256_broadcast_ss(a + (size_t)i * lda + l);
+#pragma GCC unroll 8
+            for (int32_t v = 0; v < vectors; v++) acc[i][v] = _mm256_fmadd_ps(value, column[v], acc[i][v]);
+        }
+    }
+    for (int32_t i = 0; i < rows; i++) {
+        for (int32_t v = 0; v < vectors; v++) {
+            float *dst = c + (size_t)i * ldc + W * v;
+            if (masked) _mm256_maskstore_ps(dst, lanes, acc[i][v]);
+            else _mm256_storeu_ps(dst, acc[i][v]);
+        }
+    }
+}
+
+INLINE void gemm_rows(const int32_t rows, const int32_t vectors, int32_t n, int32_t k, const float *a, size_t lda,
+                      const float *b, size_t ldb, float *c, size_t ldc) {
+    int32_t j = 0;
+    for (; j + W * vectors <= n; j += W * vectors) {
+        gemm_block(rows, vectors, false, _mm256_setzero_si256(), k, a, lda, b + j, ldb, c + j, ldc);
+    }
+    for (; j < n; j += W) gemm_block(rows, 1, true, first_lanes(n - j), k, a, lda, b + j, ldb, c + j, ldc);
+}
+
+/* Blocks of eight to twelve vectors hide the latency of the FMAs, and leave registers for a row of b. */
+static void gemm_f32(int32_t m, int32_t n, int32_t k, const float *a, int32_t lda, const float *b, int32_t ldb,
+                     float *c, int32_t ldc) {
+    size_t a_step = (size_t)lda, b_step = (size_t)ldb, c_step = (size_t)ldc;
+    for (int32_t i = 0, rows; i < m; i += rows) {
+        rows = kvm_ceil_div(m - i, kvm_ceil_div(m - i, GEMM_ROWS)); /* 7 rows are 4 + 3 */
+        const float *a_i = a + (size_t)i * a_step;
+        float *c_i = c + (size_t)i * c_step;
+        switch (rows) {
+        case 1: gemm_rows(1, 8, n, k, a_i, a_step, b, b_step, c_i, c_step); break;
+        case 2: gemm_rows(2, 4, n, k, a_i, a_step, b, b_step, c_i, c_step); break;
+        case 3: gemm_rows(3, 4, n, k, a_i, a_step, b, b_step, c_i, c_step); break;
+        case 4: gemm_rows(4, 2, n, k, a_i, a_step, b, b_step, c_i, c_step); break;
+        case 5: gemm_rows(5, 2, n, k, a_i, a_step, b, b_step, c_i, c_step); break;
+        case 6: gemm_rows(6, 2, n, k, a_i, a_step, b, b_step, c_i, c_step); break;
+        }
+    }
+}
+
+/* ---- quantize_q8 -------------------------------------------------------------------------------------------- */
+
+static void quantize_q8(const float *x, int32_t n, kvm_q8_row out) {
+    for (int32_t b = 0; b < n / KVM_Q8_BLOCK; b++, x += KVM_Q8_BLOCK) {
+        __m256 v[4], amax = _mm256_setzero_ps(), not_number = _mm256_setzero_ps();
+        for (int32_t i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(x + W * i);
+            amax = _mm256_max_ps(abs_vector(v[i]), amax); /* amax when v is NaN */
+            not_number = _mm256_or_ps(not_number, _mm256_cmp_ps(v[i], v[i], _CMP_UNORD_Q));
+        }
+        float max = fold_max(amax), inv = max > 0 ? 127.0f / max : 0.0f;
+        float scale = _mm256_movemask_ps(not_number) ? NAN : max / 127.0f;
+        __m256i q[4];
+        for (int32_t i = 0; i < 4; i++) {
+            __m256 t = _mm256_mul_ps(v[i], _mm256_set1_ps(inv));
+            __m256 fits = _mm256_cmp_ps(abs_vector(t), _mm256_set1_ps(127.5f), _CMP_LT_OQ); /* else 0: NaN, infinity */
+            q[i] = _mm256_cvtps_epi32(_mm256_and_ps(t, fits));
+        }
+        __m256i pairs = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        __m256i bytes = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((__m256i *)(void *)(out.q + KVM_Q8_BLOCK * b), bytes);
+        __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+        sum = _mm256_hadd_epi32(sum, sum);
+        sum = _mm256_hadd_epi32(sum, sum); /* each half of 16 inputs lies in a 128-bit lane */
+        out.scale[b] = scale;
+        out.sum[2 * b] = scale * (float)_mm256_extract_epi32(sum, 0);
+        out.sum[2 * b + 1] = scale * (float)_mm256_extract_epi32(sum, 4);
+    }
+}
+
+/* ---- load_f16, load_packed ---------------------------------------------------------------------------------- */
+
+INLINE __m128i load_16_bytes(const void *src) { return _mm_loadu_si128((const __m128i *)src); }
+INLINE __m256i load_32_bytes(const void *src) { return _mm256_loadu_si256((const __m256i *)src); }
+
+static void load_f16(const uint16_t *src, int32_t n, float *dst) {
+    int32_t i = 0;
+    for (; i + W <= n; i += W) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(load_16_bytes(src + i)));
+    for (; i < n; i++) dst[i] = _cvtsh_ss(src[i]);
+}
+
+/* bits shift .. shift + width - 1 of each byte */
+INLINE __m256i bits_of_bytes(__m256i v, int32_t shift, const int32_t width) {
+    return _mm256_and_si256(_mm256_srli_epi16(v, shift), _mm256_set1_epi8((char)((1 << width) - 1)));
+}
+
+/* The planes of section 4 of kvtype.h, for a type of `bits` bits. Both sides are the same walk: half a line is 8 lanes
+ * by 4 indices of codes, a dword for each lane, so byte i of all dwords is 8 neighbours in a row of the result.
+ * Rows are indices: K's are channels, V's are positions. A K lane is a position and has its own scale; a V row is a
+ * position and has one scale for all its lanes. level: the levels of up to 16 codes, in both halves. */
+INLINE void load_planes(const int32_t bits, const kvm_side side, __m256i level, const uint8_t *page, int32_t d,
+                        const float *scales, float *out) {
+    const int32_t width = bits == 3 ? 2 : bits, per_line = 32 / width;
+    const int32_t n_rows = side == KVM_SIDE_K ? d : KVM_PAGE, row_floats = side == KVM_SIDE_K ? KVM_PAGE : d;
+    const int32_t n_lines = kvm_ceil_div(n_rows, per_line), group = kvm_group_of(d);
+    for (int32_t lane = 0; lane < row_floats; lane += KVM_LANES) {
+        const uint8_t *low_plane = page + KVM_LINE * n_lines;
+        for (int32_t row = 0; row < n_rows; row += 4) {
+            int32_t line = row / per_line, j = row % per_line / 4;
+            for (int32_t half = 0; half < 2; half++) {
+                __m256i code = bits_of_bytes(load_32_bytes(page + KVM_LINE * line + 32 * half), width * j, width);
+                if (bits == 3) {
+                    __m256i low = load_32_bytes(low_plane + KVM_LINE * (row / 32) + 32 * half);
+                    code = _mm256_or_si256(_mm256_add_epi8(code, code), bits_of_bytes(low, row % 32 / 4, 1));
+                }
+                __m256i levels = bits == 8 ? _mm256_xor_si256(code, _mm256_set1_epi8(-128))
+                                           : _mm256_shuffle_epi8(level, code);
+                int32_t first = lane + W * half;
+                for (int32_t i = 0; i < 4; i++) {
+                    __m256 value = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(levels, 24 - 8 * i), 24));
+                    __m256 scale = side == KVM_SIDE_K
+                                       ? _mm256_loadu_ps(scales + KVM_PAGE * (row / group) + first)
+                                       : _mm256_broadcast_ss(scales + KVM_PAGE * (lane / group) + row + i);
+                    _mm256_storeu_ps(out + (row + i) * row_floats + first, _mm256_mul_ps(value, scale));
+                }
+            }
+        }
+        page += KVM_LINE * (n_lines + (bits == 3 ? kvm_ceil_div(n_rows, 32) : 0));
+    }
+}
+
+#define LOAD_PLANES(bits)                                                                                              \
+    (side == KVM_SIDE_K ? load_planes(bits, KVM_SIDE_K, level, page, d, scales, out)                                   \
+                        : load_planes(bits, KVM_SIDE_V, level, page, d, scales, out))
+
+static void load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {
+    const uint16_t *halves = (const uint16_t *)(const void *)page;
+    if (type == KVM_KVTYPE_F16) {
+        load_f16(halves, KVM_PAGE * d, out);
+        return;
+    }
+    float scales[KVM_HEAD_DIM_MAX / KVM_GROUP * KVM_PAGE]; /* [groups][128] */
+    load_f16(halves + kvm_page_layout_of(type, side, d, false).scales / 2, d / kvm_group_of(d) * KVM_PAGE, scales);
+    float table[256];
+    int8_t bytes[16] = {0};
+    kvm_kvtype_levels(type, table);
+    for (int32_t code = 0; code < 1 << kvm_min(kvm_kvtypes[type].bits, 4); code++) bytes[code] = (int8_t)table[code];
+    __m256i level = _mm256_broadcastsi128_si256(load_16_bytes(bytes));
+    switch (type) {
+    case KVM_KVTYPE_Q8: LOAD_PLANES(8); break;
+    case KVM_KVTYPE_Q4: LOAD_PLANES(4); break;
+    case KVM_KVTYPE_Q3: LOAD_PLANES(3); break;
+    case KVM_KVTYPE_Q2: LOAD_PLANES(2); break;
+    case KVM_KVTYPE_F16:
+    case KVM_KVTYPE_COUNT: break;
+    }
+}
+
+/* ---- softmax_step, silu_mul --------------------------------------------------------------------------------- */
+
+/* exp(x) within 1e-7 relative; 0 below -87.3, where it is no normal number, infinity above 88.37; NaN stays NaN.
+ * x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) ~ 1 + r + r^2 (...), minimax, 4e-9 before rounding. */
+INLINE __m256 exp_vector(__m256 x) {
+    x = _mm256_min_ps(_mm256_set1_ps(88.5f), x); /* 2^n below is then at most infinity */
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p+0f)),
+                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e43p-1f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-0x1.05c61p-29f), r);
+    __m256 p = _mm256_set1_ps(0x1.6a23cep-10f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.123a2p-7f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.5558f2p-5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.555492p-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.fffffcp-2f));
+    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    __m256 too_small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
+    return _mm256_andnot_ps(too_small, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+
+static float softmax_step(float *score, float *m, float *l) {
+    __m256 max = _mm256_set1_ps(*m), sum = _mm256_setzero_ps();
+    for (int32_t i = 0; i < KVM_PAGE; i += W) max = _mm256_max_ps(max, _mm256_loadu_ps(score + i));
+    __m256 m_new = _mm256_set1_ps(fold_max(max));
+    for (int32_t i = 0; i < KVM_PAGE; i += W) {
+        __m256 p = exp_vector(_mm256_sub_ps(_mm256_loadu_ps(score + i), m_new));
+        _mm256_storeu_ps(score + i, p);
+        sum = _mm256_add_ps(sum, p);
+    }
+    float factor = lane_0(exp_vector(_mm256_sub_ps(_mm256_set1_ps(*m), m_new)));
+    *l = *l * factor + fold_sum(sum);
+    *m = lane_0(m_new);
+    return factor;
+}
+
+INLINE __m256 silu_vector(__m256 gate, __m256 up) {
+    __m256 one = _mm256_set1_ps(1.0f), exp_minus = exp_vector(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(one, exp_minus)), up);
+}
+
+static void silu_mul(float *gate, const float *up, int32_t n) {
+    int32_t i = 0;
+    for (; i + W <= n; i += W) {
+        _mm256_storeu_ps(gate + i, silu_vector(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
+    }
+    if (i < n) {
+        __m256i lanes = first_lanes(n - i);
+        __m256 tail = silu_vector(_mm256_maskload_ps(gate + i, lanes), _mm256_maskload_ps(up + i, lanes));
+        _mm256_maskstore_ps(gate + i, lanes, tail);
+    }
+}
+
+const kvm_cpu_kernels kvm_kernels_avx2 = {
+    .name = "avx2",
+    .supported = supported,
+    .gemm_f32 = gemm_f32,
+    .quantize_q8 = quantize_q8,
+    .matmul_q8 = kvm_matmul_avx2_q8,
+    .load_packed = load_packed,
+    .load_f16 = load_f16,
+    .softmax_step = softmax_step,
+    .silu_mul = silu_mul,
+};
