@@ -1,0 +1,137 @@
+"""Model: an opened GGUF file - what it is, its tokens, and the sessions that run it.
+
+Closing a model closes its sessions first. Without close() the garbage collector does both in the same order (a
+session holds its model); at interpreter exit nothing is done, the operating system takes the mapping back.
+"""
+
+import enum
+import os
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from . import _native
+from ._session import Core, Memory, Session, SessionOptions
+from .errors import ArgumentError, StateError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    arch: str  # "llama", "qwen2"
+    name: str
+    weights: str  # how the weights are stored, by bytes: "Q4_1 87%, Q8_0 13%"
+    file_bytes: int
+    weight_bytes: int
+    n_params: int
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_vocab: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ctx_train: int
+    bos: int  # token ids, -1 where the file names none
+    eos: int
+    eot: int
+    eom: int
+    add_bos: int  # 1 when add_special would put one
+    add_eos: int
+
+
+class TokenAttr(enum.IntFlag):
+    CONTROL = 1
+    BYTE = 2
+    UNKNOWN = 4
+    USER = 8
+    UNUSED = 16
+    END = 32  # ends a turn: eos, eot, eom and the known end tokens by text
+
+
+class Model:
+    """An opened GGUF file. `mmap=False` reads it into private memory instead of mapping it."""
+
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+        self.path = os.fspath(path)
+        handle = _native.model_open(os.fsencode(self.path), mmap)
+        self._handle = handle
+        self._cores: weakref.WeakSet[Core] = weakref.WeakSet()
+        self._finalizer = weakref.finalize(self, _native.model_close, handle)
+        self._finalizer.atexit = False
+        self.info = ModelInfo(**_native.model_get_info(handle))
+
+    @property
+    def handle(self) -> _native.ModelHandle:
+        if not self._finalizer.alive:
+            raise StateError(f"the model {self.path} is closed: open it again")
+        return self._handle
+
+    def close(self) -> None:
+        """Closes the model and its sessions; a second call does nothing."""
+        for core in list(self._cores):
+            core.close()
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ---- metadata and tokens
+
+    def metadata(self, key: str) -> str | None:
+        """A string of the file's metadata, None when the key is absent."""
+        data = _native.model_get_string(self.handle, key)
+        return None if data is None else data.decode("utf-8", "replace")
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.metadata("tokenizer.chat_template")
+
+    def tokenize(
+        self,
+        text: str | bytes,
+        *,
+        add_special: bool = True,
+        parse_special: bool = False,
+        trusted: bytes | None = None,
+    ) -> list[int]:
+        """Text as token ids. `add_special` puts BOS and EOS where the file says so; `parse_special` recognizes control
+        tokens written as text, with `trusted` (a byte for each byte of the text) only where every byte is nonzero."""
+        try:
+            data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"the text is not Unicode: {error}") from None
+        if trusted is not None and len(trusted) != len(data):
+            raise ArgumentError(f"trusted has {len(trusted)} bytes, the text {len(data)}: give one for each")
+        return _native.tokenize(self.handle, data, trusted, add_special=add_special, parse_special=parse_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; a control token gives its text."""
+        return _native.token_bytes(self.handle, token)
+
+    def detokenize(self, tokens: Iterable[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    def token_attr(self, token: int) -> TokenAttr:
+        return TokenAttr(_native.token_attr(self.handle, token))
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends a turn."""
+        return TokenAttr.END in self.token_attr(token)
+
+    # ---- sessions
+
+    def plan(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Memory:
+        """What session() with the same options would allocate, without allocating it."""
+        wanted = SessionOptions(n_ctx=n_ctx, kv=kv, **options)
+        return Memory(**_native.session_plan(self.handle, wanted.native()))
+
+    def session(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Session:
+        """A session; the other options are the fields of SessionOptions."""
+        core = Core(self, SessionOptions(n_ctx=n_ctx, kv=kv, **options))
+        self._cores.add(core)
+        return Session(core, _native.int32s([]))

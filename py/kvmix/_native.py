@@ -1,0 +1,281 @@
+"""libkvmix as plain Python functions: the only file that touches ffi.
+
+A function here is one call of kvmix.h under its name without the prefix. It takes and returns ints, bytes, str,
+dicts and NumPy arrays; handles are opaque. A failed call raises the class of its status with the library's sentence.
+Lifetimes are the callers' business (_model.py, _session.py): nothing here closes a handle by itself.
+"""
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NewType, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+import kvmix._cdef as _cdef
+
+from .errors import BY_STATUS, ArgumentError, ContextFull
+
+ModelHandle = NewType("ModelHandle", object)
+SessionHandle = NewType("SessionHandle", object)
+SamplerHandle = NewType("SamplerHandle", object)
+
+ABI_VERSION = 1
+
+# The binding and the library are made by the same build and installed side by side.
+_LIBRARY = Path(_cdef.__file__).with_name("libkvmix.dylib" if sys.platform == "darwin" else "libkvmix.so")
+
+_ffi = _cdef.ffi
+_lib = _ffi.dlopen(str(_LIBRARY))
+if _lib.kvmix_abi_version() != ABI_VERSION:
+    raise ImportError(
+        f"{_LIBRARY} has ABI {_lib.kvmix_abi_version()}, this package wants {ABI_VERSION}: reinstall kvmix"
+    )
+
+
+# ---- conversions ----------------------------------------------------------------------------------------------------
+
+
+def status_name(status: int) -> str:
+    return _text(_lib.kvmix_status_name(status))
+
+
+def check(status: int) -> None:
+    """Raises the class of a failed call's status, with the sentence that the library left for this thread."""
+    if status != 0:
+        raise BY_STATUS[status_name(status)](_text(_lib.kvmix_last_error()))
+
+
+def _call(function: Callable[..., int], *args: Any) -> None:
+    try:
+        status = function(*args)
+    except OverflowError as error:  # a Python int that no C parameter can hold never reaches the library
+        raise ArgumentError(str(error)) from None
+    check(status)
+
+
+def _text(chars: Any) -> str:
+    return cast(bytes, _ffi.string(chars)).decode("utf-8", "replace")
+
+
+def _chars(name: str, value: str | bytes) -> bytes:
+    data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+    if b"\0" in data:
+        raise ArgumentError(f"{name} {value!r} has a NUL byte in it")
+    return data
+
+
+def _fields(struct: Any) -> dict[str, Any]:
+    """A structure as a dict; strings are copied."""
+    return {
+        name: _text(getattr(struct, name)) if field.type.kind == "pointer" else getattr(struct, name)
+        for name, field in _ffi.typeof(struct).fields
+    }
+
+
+def _assign(struct: Any, values: Mapping[str, Any]) -> list[Any]:
+    """Sets fields by name; returns what must live as long as the structure points to it."""
+    alive = []
+    for name, value in values.items():
+        if isinstance(value, str):
+            value = _ffi.new("char[]", _chars(name, value))
+            alive.append(value)
+        try:
+            setattr(struct, name, _ffi.NULL if value is None else value)
+        except OverflowError as error:
+            raise ArgumentError(f"{name} {value} is out of range: {error}") from None
+    return alive
+
+
+def int32s(values: Iterable[int]) -> "array[int]":
+    """Token ids as the library takes them."""
+    try:
+        return array("i", values)
+    except OverflowError:
+        raise ArgumentError("a token id does not fit 32 bits: ids are 0 .. n_vocab - 1") from None
+
+
+def _filled(ctype: str, capacity: int, function: Callable[..., int], *args: Any) -> Any:
+    """What function(*args, array, capacity, n_out) fills in; asked again with the size it names when that was short."""
+    n = _ffi.new("int32_t *")
+    while True:
+        out = _ffi.new(ctype, capacity)
+        try:
+            _call(function, *args, out, capacity, n)
+        except ContextFull:
+            if n[0] <= capacity:
+                raise
+            capacity = n[0]
+        else:
+            return _ffi.unpack(out, n[0])
+
+
+# ---- library and model ----------------------------------------------------------------------------------------------
+
+
+def version() -> str:
+    return _text(_lib.kvmix_version())
+
+
+def cpu_kernels() -> str:
+    return _text(_lib.kvmix_cpu_kernels())
+
+
+def model_open(path: bytes, use_mmap: bool) -> ModelHandle:
+    out = _ffi.new("kvmix_model **")
+    _call(_lib.kvmix_model_open, out, _chars("path", path), use_mmap)
+    return ModelHandle(out[0])
+
+
+def model_close(model: ModelHandle) -> None:
+    _lib.kvmix_model_close(model)
+
+
+def model_get_info(model: ModelHandle) -> dict[str, Any]:
+    out = _ffi.new("kvmix_model_info *")
+    _call(_lib.kvmix_model_get_info, model, out)
+    return _fields(out[0])
+
+
+def model_get_string(model: ModelHandle, key: str) -> bytes | None:
+    text, n_bytes = _ffi.new("const char **"), _ffi.new("size_t *")
+    _call(_lib.kvmix_model_get_string, model, _chars("key", key), text, n_bytes)
+    return None if text[0] == _ffi.NULL else bytes(_ffi.buffer(text[0], n_bytes[0]))
+
+
+def tokenize(
+    model: ModelHandle, text: bytes, trusted: bytes | None, *, add_special: bool, parse_special: bool
+) -> list[int]:
+    flags = add_special * _lib.KVMIX_ADD_SPECIAL | parse_special * _lib.KVMIX_PARSE_SPECIAL
+    mask = _ffi.NULL if trusted is None else _ffi.from_buffer("uint8_t[]", trusted)
+    capacity = len(text) + 8  # a token is a byte at least; and BOS, EOS, a space prefix
+    return cast(list[int], _filled("int32_t[]", capacity, _lib.kvmix_tokenize, model, text, len(text), mask, flags))
+
+
+def token_bytes(model: ModelHandle, token: int) -> bytes:
+    return cast(bytes, _filled("char[]", 64, _lib.kvmix_token_bytes, model, token))
+
+
+def token_attr(model: ModelHandle, token: int) -> int:
+    return int(_lib.kvmix_token_attr(model, token))
+
+
+# ---- session --------------------------------------------------------------------------------------------------------
+
+
+def _session_options(values: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    options = _ffi.new("kvmix_session_options *")
+    _lib.kvmix_session_defaults(options)
+    return options, _assign(options, values)
+
+
+def session_plan(model: ModelHandle, values: Mapping[str, Any]) -> dict[str, Any]:
+    options, _alive = _session_options(values)
+    out = _ffi.new("kvmix_memory *")
+    _call(_lib.kvmix_session_plan, model, options, out)
+    return _fields(out[0])
+
+
+def session_open(model: ModelHandle, values: Mapping[str, Any]) -> SessionHandle:
+    options, _alive = _session_options(values)
+    out = _ffi.new("kvmix_session **")
+    _call(_lib.kvmix_session_open, out, model, options)
+    return SessionHandle(out[0])
+
+
+def session_close(session: SessionHandle) -> None:
+    _lib.kvmix_session_close(session)
+
+
+def decode(session: SessionHandle, rows: list[tuple[int, int, int, bool]]) -> None:
+    """rows: (token, seq, pos, want_logits)"""
+    try:
+        c_rows = _ffi.new("kvmix_row[]", rows)
+    except OverflowError as error:
+        raise ArgumentError(f"a row is out of range: {error}") from None
+    _call(_lib.kvmix_decode, session, c_rows, len(rows))
+
+
+def logits(session: SessionHandle, index: int, n_vocab: int) -> NDArray[np.float32]:
+    """The library's own memory, [n_vocab], read-only: valid until the next decode, sync or close."""
+    out = _ffi.new("const float **")
+    _call(_lib.kvmix_logits, out, session, index)
+    view = np.frombuffer(_ffi.buffer(out[0], n_vocab * 4), dtype=np.float32)
+    view.flags.writeable = False
+    return view
+
+
+def sync(session: SessionHandle, seq: int, tokens: "array[int]") -> int:
+    """One step of at most n_batch tokens; returns the tokens held."""
+    held = _ffi.new("int32_t *")
+    _call(_lib.kvmix_sync, session, seq, _ffi.from_buffer("int32_t[]", tokens), len(tokens), held)
+    return int(held[0])
+
+
+def truncate(session: SessionHandle, seq: int, n_tokens: int) -> int:
+    held = _ffi.new("int32_t *")
+    _call(_lib.kvmix_truncate, session, seq, n_tokens, held)
+    return int(held[0])
+
+
+def fork(session: SessionHandle, src: int, dst: int) -> None:
+    _call(_lib.kvmix_fork, session, src, dst)
+
+
+def checkpoint(session: SessionHandle, seq: int) -> None:
+    _call(_lib.kvmix_checkpoint, session, seq)
+
+
+def length(session: SessionHandle, seq: int) -> int:
+    return int(_lib.kvmix_length(session, seq))
+
+
+def cancel(session: SessionHandle) -> None:
+    _lib.kvmix_cancel(session)
+
+
+def session_get_stats(session: SessionHandle) -> dict[str, Any]:
+    out = _ffi.new("kvmix_stats *")
+    _call(_lib.kvmix_session_get_stats, session, out)
+    return _fields(out[0])
+
+
+def session_get_layer(session: SessionHandle, layer: int) -> dict[str, Any]:
+    out = _ffi.new("kvmix_layer_kv *")
+    _call(_lib.kvmix_session_get_layer, session, layer, out)
+    return _fields(out[0])
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def sampling_defaults() -> dict[str, Any]:
+    out = _ffi.new("kvmix_sampling *")
+    _lib.kvmix_sampling_defaults(out)
+    return {name: value for name, value in _fields(out[0]).items() if name != "size"}
+
+
+def sampler_open(model: ModelHandle, values: Mapping[str, Any]) -> SamplerHandle:
+    params, out = _ffi.new("kvmix_sampling *"), _ffi.new("kvmix_sampler **")
+    _lib.kvmix_sampling_defaults(params)
+    _assign(params, values)
+    _call(_lib.kvmix_sampler_open, out, model, params)
+    return SamplerHandle(out[0])
+
+
+def sampler_close(sampler: SamplerHandle) -> None:
+    _lib.kvmix_sampler_close(sampler)
+
+
+def sampler_accept(sampler: SamplerHandle, token: int) -> None:
+    _call(_lib.kvmix_sampler_accept, sampler, token)
+
+
+def sample(sampler: SamplerHandle, session: SessionHandle, index: int) -> int:
+    """A token from the index-th logits of the last decode or sync."""
+    out, token = _ffi.new("const float **"), _ffi.new("int32_t *")
+    _call(_lib.kvmix_logits, out, session, index)
+    _call(_lib.kvmix_sample, sampler, out[0], token)
+    return int(token[0])
