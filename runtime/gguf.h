@@ -43,8 +43,9 @@ typedef struct {
     const void *data; /* aligned to the file's alignment */
 } kvm_gguf_tensor;
 
-/* use_mmap: map the file read-only, else read it into memory. IO, FORMAT (names the byte offset), UNSUPPORTED (a
- * tensor type without a row in dtype.h: the sentence has the type, the tensor and the types there are), NOMEM. */
+/* use_mmap: map the file read-only, else read it into memory. IO, FORMAT (names the byte offset), NOMEM, UNSUPPORTED
+ * (another version, big-endian, or a tensor type without a row in dtype.h: the sentence has the type, the tensor and
+ * the types there are). */
 kvmix_status kvm_gguf_open(kvm_gguf **out, const char *path, bool use_mmap);
 /* The same over memory that outlives the object; `name` appears in error sentences. */
 kvmix_status kvm_gguf_open_memory(kvm_gguf **out, const void *data, size_t n_bytes, const char *name);

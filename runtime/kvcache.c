@@ -6,6 +6,7 @@
 typedef struct {
     int32_t f16, packed; /* slots, -1 = none */
     int32_t fill, refs, f16_refs;
+    bool counted_f16, counted_packed; /* by kvm_cache_usage */
 } page;
 
 typedef struct {
@@ -25,7 +26,8 @@ typedef struct {
     kvm_plan_row *rows;    /* [n_batch] */
     kvm_view *views;       /* [n_seq] */
     kvm_page_slots *slots; /* [n_seq][max_pages], behind the views */
-    kvm_pack_job *packs_list; /* [n_batch / 128 + 2 * n_seq + ...] */
+    kvm_pack_job *packs_list; /* [max_packs] */
+    bool *is_new;          /* [max_packs]: the job's packed slot was taken for it */
     kvm_copy_job *copies;  /* [n_seq] */
 } group;
 
@@ -36,6 +38,7 @@ typedef struct {
 
 typedef struct {
     int32_t length;
+    bool frozen;       /* its store has the sinks and the balance of page 0 (invariant 9) */
     int32_t owner;     /* of a checkpoint: its sequence, -1 while free */
     uint64_t stamp;    /* of a checkpoint: when it was taken */
     int32_t *tokens;   /* [n_ctx] */
@@ -165,7 +168,7 @@ static bool open_free_list(free_list *list, int32_t n) {
 static void size_group(const kvm_cache *cache, const group *g, int32_t *n_f16, int32_t *n_packed) {
     const kvm_cache_sizes *s = &cache->sizes;
     int32_t all = cache->max_pages + cache->n_slots + 1; /* every token, an open page a holder, one being copied */
-    int32_t batch = s->n_batch / KVM_PAGE + s->n_seq + 1;
+    int32_t batch = kvm_ceil_div(s->n_batch, KVM_PAGE) + 2 * s->n_seq - 1; /* new pages; an open page copied for each */
     if (g->span > 0) {
         int32_t held = kvm_ceil_div(g->span, KVM_PAGE) + 3; /* partial pages at both ends and 128 to rewind */
         all = kvm_min(all, cache->n_slots * held + batch);
@@ -176,7 +179,8 @@ static void size_group(const kvm_cache *cache, const group *g, int32_t *n_f16, i
         return;
     }
     int32_t window = kvm_min(cache->layout.window, s->n_ctx);
-    *n_f16 = kvm_min(all, cache->n_slots * (kvm_ceil_div(window, KVM_PAGE) + 2) + batch);
+    int32_t held = kvm_ceil_div(window, KVM_PAGE) + 2; /* a checkpoint holds no page to rewind into */
+    *n_f16 = kvm_min(all, cache->n_slots * held - s->n_checkpoint + batch);
     *n_packed = g->span > 0 ? all : cache->max_pages;
 }
 
@@ -191,8 +195,9 @@ static bool open_group(kvm_cache *cache, int32_t index) {
     g->views = kvm_alloc((uint64_t)s->n_seq, sizeof *g->views);
     g->slots = kvm_alloc((uint64_t)s->n_seq * (uint64_t)cache->max_pages, sizeof *g->slots);
     g->packs_list = kvm_alloc((uint64_t)cache->max_packs, sizeof *g->packs_list);
+    g->is_new = kvm_alloc((uint64_t)cache->max_packs, sizeof *g->is_new);
     g->copies = kvm_alloc((uint64_t)s->n_seq, sizeof *g->copies);
-    return g->pages && g->rows && g->views && g->slots && g->packs_list && g->copies &&
+    return g->pages && g->rows && g->views && g->slots && g->packs_list && g->is_new && g->copies &&
            open_free_list(&g->free_pages, g->n_page) && open_free_list(&g->free_f16, *n_f16) &&
            open_free_list(&g->free_packed, *n_packed);
 }
@@ -237,15 +242,13 @@ static kvmix_status describe_layers(kvm_cache *cache, const kvm_net *net, const 
     return KVMIX_OK;
 }
 
-/* bytes of sinks, balance, packed pages and f16 window of one group for a sequence of n tokens */
-static uint64_t held_bytes(const kvm_cache *cache, const group *g, int32_t n, uint64_t *n_values) {
-    int32_t first_page = g->span > 0 ? kvm_max(0, n - KVM_PAGE - g->span) / KVM_PAGE : 0;
-    int32_t cut = n > 0 ? cut_of(cache, g, n - 1) / KVM_PAGE : 0, f16_from = f16_needed_from(cache, g, n);
-    f16_from = kvm_max(f16_from, first_page);
+/* bytes that row n of a sequence reads of a group: sinks, balance, packed pages and the f16 window */
+static uint64_t read_bytes(const kvm_cache *cache, const group *g, int32_t n, uint64_t *n_values) {
+    int32_t first_page = g->span > 0 ? kvm_max(0, n - g->span) / KVM_PAGE : 0;
+    int32_t cut = kvm_max(cut_of(cache, g, n) / KVM_PAGE, first_page);
     *n_values += (uint64_t)(n - first_page * KVM_PAGE) * (g->f16_value_bytes / 2);
-    uint64_t bytes = (uint64_t)kvm_max(n - f16_from * KVM_PAGE, 0) * g->f16_value_bytes;
-    if (cut > 0) bytes += (uint64_t)kvm_max(cut - first_page, 0) * g->packed_bytes + g->store_bytes;
-    return bytes;
+    uint64_t bytes = (uint64_t)kvm_max(n - cut * KVM_PAGE, 0) * g->f16_value_bytes;
+    return bytes + (uint64_t)(cut - first_page) * g->packed_bytes + (g->packs && cut > 0 ? g->store_bytes : 0);
 }
 
 static void count_bytes(kvm_cache *cache, const kvm_net *net) {
@@ -258,7 +261,7 @@ static void count_bytes(kvm_cache *cache, const kvm_net *net) {
     }
     uint64_t used = 0, n_values = 0;
     for (int32_t g = 0; g < cache->n_group; g++) {
-        used += held_bytes(cache, &cache->groups[g], cache->sizes.n_ctx, &n_values);
+        used += read_bytes(cache, &cache->groups[g], cache->sizes.n_ctx, &n_values);
     }
     b->bits_full = n_values ? 8.0 * (double)used / (double)n_values : 0;
 }
@@ -313,8 +316,8 @@ void kvm_cache_close(kvm_cache *cache) {
     if (cache == NULL) return;
     for (int32_t i = 0; cache->groups != NULL && i < cache->n_group; i++) {
         group *g = &cache->groups[i];
-        void *parts[] = {g->pages, g->rows, g->views, g->slots, g->packs_list, g->copies, g->free_pages.ids,
-                         g->free_f16.ids, g->free_packed.ids};
+        void *parts[] = {g->pages, g->rows, g->views, g->slots, g->packs_list, g->is_new, g->copies,
+                         g->free_pages.ids, g->free_f16.ids, g->free_packed.ids};
         for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) free(parts[p]);
     }
     for (int32_t i = 0; cache->sequences != NULL && i < cache->n_slots; i++) {
@@ -334,25 +337,38 @@ kvm_cache_bytes kvm_cache_get_bytes(const kvm_cache *cache) { return cache->byte
 int32_t kvm_cache_length(const kvm_cache *cache, int32_t seq) { return cache->sequences[seq].length; }
 const int32_t *kvm_cache_tokens(const kvm_cache *cache, int32_t seq) { return cache->sequences[seq].tokens; }
 
-uint64_t kvm_cache_used_bytes(const kvm_cache *cache, uint64_t *n_values) {
-    uint64_t bytes = 0;
-    *n_values = 0;
+/* bytes that the next row of a sequence would read of a group, and values: each page once, whoever reads it too */
+static void count_reads(const kvm_cache *cache, group *g, const page_list *list, int32_t length, kvm_cache_usage *out) {
+    int32_t cut = cut_of(cache, g, length) / KVM_PAGE;
+    for (int32_t p = list->first_page; p < list->n_pages; p++) {
+        page *it = &g->pages[list->pages[p]];
+        if (!it->counted_f16 && !it->counted_packed) out->n_values += (uint64_t)it->fill * (g->f16_value_bytes / 2);
+        bool packed = p < cut && it->packed >= 0;
+        bool *counted = packed ? &it->counted_packed : &it->counted_f16;
+        if (!*counted) out->read_bytes += packed ? g->packed_bytes : (uint64_t)it->fill * g->f16_value_bytes;
+        *counted = true;
+    }
+    if (cut > 0) out->read_bytes += g->store_bytes;
+}
+
+kvm_cache_usage kvm_cache_get_usage(kvm_cache *cache) {
+    kvm_cache_usage out = {0};
     for (int32_t i = 0; i < cache->n_group; i++) {
-        const group *g = &cache->groups[i];
+        group *g = &cache->groups[i];
         for (int32_t p = 0; p < g->n_page; p++) {
-            const page *it = &g->pages[p];
+            page *it = &g->pages[p];
+            it->counted_f16 = it->counted_packed = false;
             if (it->refs == 0) continue;
-            *n_values += (uint64_t)it->fill * (g->f16_value_bytes / 2);
-            if (it->f16 >= 0) bytes += (uint64_t)it->fill * g->f16_value_bytes;
-            if (it->packed >= 0) bytes += g->packed_bytes;
+            if (it->f16 >= 0) out.held_bytes += (uint64_t)it->fill * g->f16_value_bytes;
+            if (it->packed >= 0) out.held_bytes += g->packed_bytes;
         }
         for (int32_t s = 0; s < cache->n_slots; s++) {
-            const page_list *list = &cache->sequences[s].lists[i];
-            bool packed = list->n_pages > 0 && (list->first_page > 0 || g->pages[list->pages[0]].packed >= 0);
-            if (packed) bytes += g->store_bytes;
+            const sequence *seq = &cache->sequences[s];
+            if (g->packs && seq->frozen) out.held_bytes += g->store_bytes;
+            if (s < cache->sizes.n_seq) count_reads(cache, g, &seq->lists[i], seq->length, &out);
         }
     }
-    return bytes;
+    return out;
 }
 
 /* ---- planning ------------------------------------------------------------------------------------------------ */
@@ -419,7 +435,7 @@ static kvmix_status extend(kvm_cache *cache, int32_t view, int32_t g_index) {
     return KVMIX_OK;
 }
 
-/* Packs every page that the last row's cut has passed (invariant 5). */
+/* Packs every page that the last row's cut has passed (invariants 5 and 9). */
 static kvmix_status plan_packs(kvm_cache *cache, int32_t view, int32_t g_index) {
     group *g = &cache->groups[g_index];
     const sequence *seq = &cache->sequences[cache->view_seq[view]];
@@ -428,11 +444,13 @@ static kvmix_status plan_packs(kvm_cache *cache, int32_t view, int32_t g_index) 
     for (int32_t p = kvm_max(list->f16_from, list->first_page); p < cut; p++) {
         page *it = &g->pages[list->pages[p]];
         bool again = cache->sizes.strict && end > p * KVM_PAGE && seq->length < (p + 1) * KVM_PAGE;
-        if (it->packed >= 0 && !again) continue;
-        if (it->packed < 0) it->packed = take(&g->free_packed);
+        bool is_new = it->packed < 0;
+        if (!is_new && !again && (p > 0 || seq->frozen)) continue;
+        if (is_new) it->packed = take(&g->free_packed);
         if (it->packed < 0) return pool_full(cache, g_index, "packed", cache->n_packed[g_index]);
         int32_t n_valid = kvm_min(KVM_PAGE, end - p * KVM_PAGE);
         int32_t first = p == 0 ? kvm_min(cache->layout.sink, n_valid) : 0;
+        g->is_new[g->plan.n_packs] = is_new;
         g->packs_list[g->plan.n_packs++] = (kvm_pack_job){.view = view, .page = p, .first = first, .n_valid = n_valid};
     }
     return KVMIX_OK;
@@ -514,6 +532,7 @@ void kvm_cache_commit(kvm_cache *cache) {
         }
         seq->length += cache->view_rows[view];
         for (int32_t g = 0; g < cache->n_group; g++) {
+            seq->frozen |= cut_of(cache, &cache->groups[g], seq->length - 1) > 0;
             const journal_entry *entry = &cache->journal[view * cache->n_group + g];
             if (entry->replaced >= 0) release(&cache->groups[g], entry->replaced, true);
             retire(cache, &cache->groups[g], &seq->lists[g], seq->length);
@@ -532,7 +551,7 @@ void kvm_cache_abort(kvm_cache *cache) {
             if (entry->old_n_pages < 0) continue;
             for (int32_t j = 0; j < g->plan.n_packs; j++) { /* half-packed for all we know */
                 const kvm_pack_job *job = &g->packs_list[j];
-                if (job->view == view) drop_packed(g, &g->pages[list->pages[job->page]]);
+                if (job->view == view && g->is_new[j]) drop_packed(g, &g->pages[list->pages[job->page]]);
             }
             cut_list(g, list, entry->old_n_pages);
             if (seq->length % KVM_PAGE == 0) continue;
@@ -556,11 +575,13 @@ static void shorten(kvm_cache *cache, sequence *seq, int32_t n_tokens) {
         if (n_tokens == 0) seq->lists[g].first_page = seq->lists[g].f16_from = 0;
     }
     seq->length = n_tokens;
+    seq->frozen &= n_tokens >= KVM_PAGE;
 }
 
-/* dst, empty, becomes a copy of src that shares its pages */
-static void share(kvm_cache *cache, const sequence *src, sequence *dst) {
+/* dst, empty, becomes a copy of src that shares its pages; with `least` only the f16 forms that a next row reads */
+static void share(kvm_cache *cache, const sequence *src, sequence *dst, bool least) {
     dst->length = src->length;
+    dst->frozen = src->frozen;
     memcpy(dst->tokens, src->tokens, (size_t)src->length * sizeof *src->tokens);
     for (int32_t i = 0; i < cache->n_group; i++) {
         group *g = &cache->groups[i];
@@ -569,10 +590,12 @@ static void share(kvm_cache *cache, const sequence *src, sequence *dst) {
         to->first_page = from->first_page;
         to->n_pages = from->n_pages;
         to->f16_from = from->f16_from;
+        int32_t cut = g->packs && src->frozen ? kvm_max(0, src->length - cache->layout.window) / KVM_PAGE : 0;
+        while (least && to->f16_from < cut && g->pages[from->pages[to->f16_from]].packed >= 0) to->f16_from++;
         for (int32_t p = from->first_page; p < from->n_pages; p++) {
             page *it = &g->pages[to->pages[p] = from->pages[p]];
             it->refs++;
-            if (p >= from->f16_from) it->f16_refs++;
+            if (p >= to->f16_from) it->f16_refs++;
         }
     }
 }
@@ -618,7 +641,7 @@ void kvm_cache_truncate(kvm_cache *cache, int32_t seq_index, int32_t n_tokens, i
             }
             shorten(cache, seq, 0);
             if (best != NULL) {
-                share(cache, best, seq);
+                share(cache, best, seq, false);
                 *store = (kvm_copy_job){.from = slot_of(cache, best), .to = seq_index};
             }
         }
@@ -631,7 +654,7 @@ void kvm_cache_fork(kvm_cache *cache, int32_t src, int32_t dst, kvm_copy_job *st
     if (src == dst) return;
     drop_checkpoints(cache, dst, -1);
     shorten(cache, &cache->sequences[dst], 0);
-    share(cache, &cache->sequences[src], &cache->sequences[dst]);
+    share(cache, &cache->sequences[src], &cache->sequences[dst], false);
     *store = (kvm_copy_job){.from = src, .to = dst};
 }
 
@@ -647,7 +670,7 @@ void kvm_cache_checkpoint(kvm_cache *cache, int32_t seq, kvm_copy_job *store) {
         if (better) slot = it;
     }
     shorten(cache, slot, 0);
-    share(cache, &cache->sequences[seq], slot);
+    share(cache, &cache->sequences[seq], slot, true);
     slot->owner = seq;
     slot->stamp = ++cache->next_stamp;
     *store = (kvm_copy_job){.from = seq, .to = slot_of(cache, slot)};

@@ -9,7 +9,8 @@
  *  2. A sequence of length n lists pages first_page .. ceil(n/128)-1; it holds the f16 form of those from f16_from on
  *     and only the packed form of the others. f16_from <= cut(n) / 128: what a next row reads in f16 is there.
  *  3. f16_from >= cut(n)/128 - 1 after a batch: f16 twins live one page past the cut, so the last 128 tokens rewind
- *     exactly. A sliding group keeps 128 positions more than its span for the same reason.
+ *     exactly. A sliding group keeps 128 positions more than its span for the same reason. A checkpoint, which is
+ *     only ever returned to, does without that page.
  *  4. `fill` of a page counts the positions written by whoever wrote last. A sequence whose length ends below the
  *     fill of its open page copies the page before it appends, if others list it too; else it takes it over.
  *  5. A packed form is made from a full page, once (strict mode: from what is there, again after every batch that
@@ -18,6 +19,8 @@
  *     that has no packed type.
  *  7. A checkpoint is a prefix of its sequence: shortening the sequence below it drops it.
  *  8. begin() changes nothing that abort() does not undo; lengths and tokens change in commit() alone.
+ *  9. Sinks and the frozen balance are a function of page 0, but stand in each sequence's store. A sequence whose cut
+ *     passes page 0 packs it even if a sharer's packed form is there: the same bytes again, and its own store.
  */
 #ifndef KVM_KVCACHE_H
 #define KVM_KVCACHE_H
@@ -44,8 +47,13 @@ kvmix_status kvm_cache_open(kvm_cache **out, const kvm_net *net, const kvm_recip
 void kvm_cache_close(kvm_cache *cache);
 const kvm_cache_layout *kvm_cache_get_layout(const kvm_cache *cache);
 kvm_cache_bytes kvm_cache_get_bytes(const kvm_cache *cache);
-/* bytes of pages (f16 ones by their fill), sinks and balance in use; values held in *n_values, shared ones once */
-uint64_t kvm_cache_used_bytes(const kvm_cache *cache, uint64_t *n_values);
+/* What is in use now. Pages that are shared count once. */
+typedef struct {
+    uint64_t held_bytes; /* all pages (f16 ones by their fill), sinks and balances, those kept for a rewind too */
+    uint64_t read_bytes; /* of those, what the next rows of the sequences would read */
+    uint64_t n_values;   /* that are held for them */
+} kvm_cache_usage;
+kvm_cache_usage kvm_cache_get_usage(kvm_cache *cache);
 
 int32_t kvm_cache_length(const kvm_cache *cache, int32_t seq);
 const int32_t *kvm_cache_tokens(const kvm_cache *cache, int32_t seq); /* [length] */

@@ -179,8 +179,8 @@ typedef struct {
     int32_t n_tokens;          /* held by all sequences, shared pages counted once a sequence */
     int64_t n_evaluated;       /* rows run since the session was opened */
     uint64_t kv_bytes;         /* the cache as allocated */
-    uint64_t kv_used_bytes;    /* pages, sinks and balance in use now */
-    double bits_now;           /* 8 x kv_used_bytes / values held; 0 when empty */
+    uint64_t kv_used_bytes;    /* pages, sinks and balances in use now, those kept for a rewind too */
+    double bits_now;           /* physical bits a value of what the next token reads; 0 when empty */
     double bits_full;          /* the same with one sequence filling the context */
 } kvmix_stats;
 KVMIX_API kvmix_status kvmix_session_get_stats(const kvmix_session *session, kvmix_stats *out);

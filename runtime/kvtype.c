@@ -3,7 +3,7 @@
  * Loops run over the 128 positions of a page in the innermost place, where each position is on its own: compilers
  * vectorize them, and the order of every sum (channels ascending) stays as written. Built without FMA contraction.
  */
-#include "kvtype.h"
+#include "kvencode.h"
 
 #define FACTORS(top)                                                                                                   \
     { 1.0f / (top), 0.9f / (top), 0.8f / (top), 0.7f / (top), 0.6f / (top), 0.5f / (top) }
@@ -133,21 +133,7 @@ int32_t kvm_hadamard_block(int32_t d, kvm_side side) {
     return side == KVM_SIDE_V ? kvm_min(block, 64) : block;
 }
 
-void kvm_hadamard(float *x, int32_t d, int32_t n, int32_t block) {
-    for (int32_t s = 1; s < block; s *= 2) {
-        for (int32_t c = 0; c < d; c++) {
-            if (c & s) continue; /* the upper half of a pair */
-            float *a = x + (size_t)c * (size_t)n, *b = a + (size_t)s * (size_t)n;
-            for (int32_t p = 0; p < n; p++) {
-                float sum = a[p] + b[p], difference = a[p] - b[p];
-                a[p] = sum;
-                b[p] = difference;
-            }
-        }
-    }
-    float norm = (float)(1.0 / sqrt((double)block));
-    for (int32_t i = 0; i < d * n; i++) x[i] *= norm;
-}
+void kvm_hadamard(float *x, int32_t d, int32_t n, int32_t block) { hadamard(x, d, n, block); }
 
 static float sum128(const float x[KVM_PAGE]) {
     float lane[KVM_LANES];
@@ -218,86 +204,8 @@ void kvm_precondition_k(float *x, int32_t d, int32_t first, int32_t n_valid, con
     kvm_hadamard(x, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_K));
 }
 
-/* ---- encoding (section 3) ----------------------------------------------------------------------------------- */
-
-/* t[128] -> the nearest level of each, and with codes != NULL its code */
-static void nearest(const kvm_kvtype_info *info, const float t[KVM_PAGE], float level[KVM_PAGE], uint8_t *codes) {
-    if (info->n_positive == 0) {
-        for (int32_t p = 0; p < KVM_PAGE; p++) {
-            float x = isnan(t[p]) ? 0.0f : t[p] > -127.0f ? (t[p] < 127.0f ? t[p] : 127.0f) : -127.0f;
-            level[p] = (x + 12582912.0f) - 12582912.0f; /* 1.5 x 2^23: rounds to nearest even */
-        }
-        for (int32_t p = 0; codes != NULL && p < KVM_PAGE; p++) codes[p] = (uint8_t)((int32_t)level[p] + 128);
-        return;
-    }
-    float magnitude[KVM_PAGE];
-    int32_t step[KVM_PAGE], half = info->n_positive;
-    for (int32_t p = 0; p < KVM_PAGE; p++) magnitude[p] = info->level[0];
-    memset(step, 0, sizeof step);
-    for (int32_t k = 1; k < half; k++) {
-        float threshold = 0.5f * (float)(info->level[k - 1] + info->level[k]), next = info->level[k];
-        for (int32_t p = 0; p < KVM_PAGE; p++) {
-            bool above = fabsf(t[p]) > threshold;
-            magnitude[p] = above ? next : magnitude[p];
-            step[p] = above ? k : step[p];
-        }
-    }
-    for (int32_t p = 0; p < KVM_PAGE; p++) level[p] = t[p] < 0 ? -magnitude[p] : magnitude[p];
-    for (int32_t p = 0; codes != NULL && p < KVM_PAGE; p++) {
-        codes[p] = (uint8_t)(t[p] < 0 ? half - 1 - step[p] : half + step[p]);
-    }
-}
-
-/* the searched scale of each position over one group of channels: x [n_channels][128] -> scale [128] f16 */
-static void search_scales(const kvm_kvtype_info *info, const float *x, int32_t n_channels, uint16_t *scale) {
-    float amax[KVM_PAGE] = {0}, best[KVM_PAGE] = {0}, best_gain[KVM_PAGE] = {0};
-    for (int32_t c = 0; c < n_channels; c++) {
-        for (int32_t p = 0; p < KVM_PAGE; p++) {
-            float a = fabsf(x[c * KVM_PAGE + p]);
-            amax[p] = a > amax[p] ? a : amax[p];
-        }
-    }
-    for (int32_t f = 0; f < info->n_factors; f++) {
-        float inv[KVM_PAGE], num[KVM_PAGE] = {0}, den[KVM_PAGE] = {0}, t[KVM_PAGE], level[KVM_PAGE];
-        for (int32_t p = 0; p < KVM_PAGE; p++) inv[p] = 1.0f / (amax[p] * info->factor[f]);
-        for (int32_t c = 0; c < n_channels; c++) {
-            const float *row = x + c * KVM_PAGE;
-            for (int32_t p = 0; p < KVM_PAGE; p++) t[p] = row[p] * inv[p];
-            nearest(info, t, level, NULL);
-            for (int32_t p = 0; p < KVM_PAGE; p++) {
-                num[p] += row[p] * level[p];
-                den[p] += level[p] * level[p];
-            }
-        }
-        for (int32_t p = 0; p < KVM_PAGE; p++) {
-            float gain = num[p] * num[p] / den[p], refit = num[p] / den[p];
-            bool better = gain > best_gain[p];
-            best[p] = better ? refit : best[p];
-            best_gain[p] = better ? gain : best_gain[p];
-        }
-    }
-    for (int32_t p = 0; p < KVM_PAGE; p++) scale[p] = amax[p] > 0 ? kvm_f16_sat(best[p]) : 0;
-}
-
 void kvm_encode(kvm_kvtype type, const float *x, int32_t d, uint8_t *codes, uint16_t *scales) {
-    const kvm_kvtype_info *info = &kvm_kvtypes[type];
-    int32_t group = kvm_group_of(d);
-    for (int32_t g = 0; g < d / group; g++) {
-        const float *rows = x + g * group * KVM_PAGE;
-        uint16_t *scale = scales + g * KVM_PAGE;
-        search_scales(info, rows, group, scale);
-        float inv[KVM_PAGE], t[KVM_PAGE], level[KVM_PAGE];
-        bool zero[KVM_PAGE];
-        for (int32_t p = 0; p < KVM_PAGE; p++) {
-            float s = kvm_f16_to_f32(scale[p]);
-            zero[p] = s == 0;
-            inv[p] = 1.0f / s;
-        }
-        for (int32_t c = 0; c < group; c++) {
-            for (int32_t p = 0; p < KVM_PAGE; p++) t[p] = zero[p] ? 0.0f : rows[c * KVM_PAGE + p] * inv[p];
-            nearest(info, t, level, codes + (g * group + c) * KVM_PAGE);
-        }
-    }
+    encode_page(type, x, d, codes, scales);
 }
 
 void kvm_decode_page(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {

@@ -358,11 +358,11 @@ void kvmix_cancel(kvmix_session *s) {
 kvmix_status kvmix_session_get_stats(const kvmix_session *s, kvmix_stats *out) {
     if (s == NULL || out == NULL) return null_argument("an argument");
     const kvm_cache_layout *layout = kvm_cache_get_layout(s->cache);
-    uint64_t n_values, used = kvm_cache_used_bytes(s->cache, &n_values);
+    kvm_cache_usage usage = kvm_cache_get_usage(s->cache);
     *out = (kvmix_stats){.recipe = s->recipe.text, .recipe_source = s->recipe.source, .window = layout->window,
                          .sink = layout->sink, .n_ctx = s->options.n_ctx, .n_threads = s->options.n_threads,
-                         .n_evaluated = s->n_evaluated, .kv_bytes = s->cache_bytes, .kv_used_bytes = used,
-                         .bits_now = n_values ? 8.0 * (double)used / (double)n_values : 0,
+                         .n_evaluated = s->n_evaluated, .kv_bytes = s->cache_bytes, .kv_used_bytes = usage.held_bytes,
+                         .bits_now = usage.n_values ? 8.0 * (double)usage.read_bytes / (double)usage.n_values : 0,
                          .bits_full = kvm_cache_get_bytes(s->cache).bits_full};
     for (int32_t seq = 0; seq < s->options.n_seq_max; seq++) out->n_tokens += kvm_cache_length(s->cache, seq);
     return KVMIX_OK;

@@ -20,7 +20,7 @@ import pytest
 import tiny
 from kvmix import _cli, _repl, _terminal, chat
 from kvmix._context import choose_context
-from kvmix.errors import ArgumentError, OutOfMemory, Unsupported
+from kvmix.errors import ArgumentError, OutOfMemory
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def test_f32_is_copied(c_build: Path) -> None:
     assert np.array_equal(decoded(c_build, "F32", bits).view(np.uint32), bits)
 
 
-def test_tables_agree_with_gguf(c_build: Path) -> None:
+def test_tables_agree_with_gguf() -> None:
     """Our table is what the header lists; its sizes are gguf-py's."""
     header = (Path(__file__).parent.parent / "runtime" / "dtype.h").read_text(encoding="utf-8")
     rows = [line.strip(" \\)").removeprefix("X(").split(", ") for line in header.splitlines() if "    X(" in line]

@@ -196,9 +196,9 @@ BAD: dict[str, tuple[bytes, str]] = {
         gguf(tensors=[tensor(b"a"), tensor(b"b")], data=D32 * 2),
         "its data at offset 0 overlaps that of '",
     ),
-    "overlap by a byte": (
-        gguf(tensors=[tensor(b"a", offset=32), tensor(b"b", dims=(33,), kind=1)], data=D32 * 4),
-        "byte 49, tensor 'a': its data at offset 32 overlaps that of 'b', which ends at 66",
+    "overlap by two bytes": (
+        gguf(tensors=[tensor(b"a", offset=64), tensor(b"b", dims=(33,), kind=1)], data=D32 * 4),
+        "byte 49, tensor 'a': its data at offset 64 overlaps that of 'b', which ends at 66",
     ),
     "offset against a larger alignment": (
         gguf([key(b"general.alignment", U32, u32(64))], [tensor(offset=32)], bytes(128), alignment=64),

@@ -133,20 +133,20 @@ def test_it_is_llama_cpps_protocol(folder: Path, file: str) -> None:
     assert final.startswith(f"Final estimate: PPL = {values[-1]:.4f} +/- ")
 
 
-@pytest.mark.parametrize("kv", ["f16", "k4v3"])
+# 0.02% is float32 against float64. Through packed pages a rounding that differs may flip a code, which moves single
+# predictions of these random models; the divergence, an average over all of them, is then the sharper measure.
+@pytest.mark.parametrize(("kv", "types", "ppl_rel"), [("f16", ("f16", "f16"), 2e-4), ("k4v3", ("q4", "q3"), 5e-3)])
 @pytest.mark.parametrize("file", ["model.gguf", "spm.gguf"])
-def test_it_agrees_with_the_reference(folder: Path, file: str, kv: str) -> None:
-    got = run_json(folder / file, folder / "text.txt", "--chunks", 2, "--kv", kv, "--kld")
+def test_it_agrees_with_the_reference(folder: Path, file: str, kv: str, types: tuple[str, str], ppl_rel: float) -> None:
+    got = run_json(folder / file, folder / "text.txt", "--chunks", 1, "--kv", kv, "--kld")
     model = kvmix.Model(folder / file)
-    ids = model.tokenize((folder / "text.txt").read_text())[:1024]
-    recipe = [("f16", "f16") if kv == "f16" else ("q4", "q3")] * model.info.n_layer
-    setting = reference.Setting(recipe, CacheOptions(window=128, sink=16))
-    ref_model = load(folder / file)
-    ppl = reference.perplexity(ref_model, ids, 512, setting)
-    kld = reference.divergence(ref_model, ids, 512, setting)
-    assert got["ppl"] == pytest.approx(ppl.ppl, rel=2e-4)
-    assert got["ppl_se"] == pytest.approx(ppl.error, rel=1e-3)
-    assert got["kld_mean"] == pytest.approx(kld.mean, rel=0.02, abs=1e-9)
+    ids = model.tokenize((folder / "text.txt").read_text())[:512]
+    setting = reference.Setting([types] * model.info.n_layer, CacheOptions(window=128, sink=16))
+    oracle = load(folder / file)
+    ppl = reference.perplexity(oracle, ids, 512, setting)
+    kld = reference.divergence(oracle, ids, 512, setting)
+    assert got["ppl"] == pytest.approx(ppl.ppl, rel=ppl_rel)
+    assert got["kld_mean"] == pytest.approx(kld.mean, rel=0.01, abs=1e-9)
     assert got["same_top"] == pytest.approx(kld.same_top, abs=0.01)
 
 
@@ -200,8 +200,8 @@ def test_flags_equal_positionals(folder: Path) -> None:
 
 def test_the_table_names_what_was_compared(folder: Path) -> None:
     out = run(folder / "model.gguf", folder / "text.txt", "--chunks", 1, "--kld", "--kv", "k4v3").stdout
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("f16 ", "k4v3 "))}
-    assert rows["f16"][1:3] == ["f32", "16.00"] and rows["k4v3"][1] == "f32"
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("kf16vf16 ", "k4v3 "))}
+    assert rows["kf16vf16"][1:3] == ["f32", "16.00"] and rows["k4v3"][1] == "f32"
     assert "act=f32" in out and "window 128, sink 16" in out
 
 
@@ -217,6 +217,7 @@ def test_the_table_names_what_was_compared(folder: Path) -> None:
         (("nothing.gguf", "text.txt"), 1, "nothing.gguf"),
         (("model.gguf", "."), 1, "cannot read the text"),
         (("model.gguf", "text.txt", "-c", "100000"), 1, "one chunk has 100000"),
+        (("model.gguf", "text.txt", "-c", "2"), 1, "-c 4"),
         (("model.gguf", "text.txt", "--kv", "k9v9"), 1, "9"),
         (("model.gguf", "text.txt", "--strict", "-ub", "100"), 1, "128"),
     ],

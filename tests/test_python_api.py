@@ -126,10 +126,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_plan_is_what_a_session_takes(model: kvmix.Model) -> None:
-    plan = model.plan(n_ctx=2048, kv="k4v3")
-    session = model.session(n_ctx=2048, kv="k4v3")
-    assert (plan.n_ctx, plan.kv_bytes, plan.bits_full) == (2048, session.stats.kv_bytes, session.stats.bits_full)
-    assert plan.kv_bytes < model.plan(n_ctx=2048, kv="f16").kv_bytes
+    plan = model.plan(n_ctx=16384, kv="k4v3")
+    stats = model.session(n_ctx=16384, kv="k4v3").stats
+    assert (plan.n_ctx, plan.kv_bytes, plan.bits_full) == (16384, stats.kv_bytes, stats.bits_full)
+    assert plan.kv_bytes < model.plan(n_ctx=16384, kv="f16").kv_bytes / 2
 
 
 def test_layers_and_stats_name_the_types(model: kvmix.Model) -> None:

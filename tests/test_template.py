@@ -23,7 +23,7 @@ DEFAULT_SYSTEM = """{% for message in messages %}
 THINKING = """
 {%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
-    {%- if message.role == 'user' and not (message.content.startswith('<tool>') and message.content.endswith('</tool>')) %}
+    {%- if message.role == 'user' and not message.content.startswith('<tool>') %}
         {%- set ns.last = loop.index0 %}
     {%- endif %}
 {%- endfor %}
@@ -207,7 +207,8 @@ def test_refusals_carry_the_templates_reason() -> None:
 
 
 def test_bad_messages() -> None:
-    for messages in ([], [{"role": "root", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": "\ud800"}]):
+    lone = {"role": "user", "content": "\ud800"}
+    for messages in ([], [{"role": "root", "content": "x"}], [{"role": "user"}], [lone]):
         for template in (ChatTemplate(NAMED["chatml"]), PlainText()):
             with pytest.raises(ArgumentError):
                 template.render(messages)

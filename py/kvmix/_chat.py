@@ -43,8 +43,9 @@ class Segment:
 class Turn:
     """What the last answer was and cost; filled while it streams."""
 
-    n_prompt: int = 0     # tokens of the whole prompt
-    n_evaluated: int = 0  # of those, evaluated for this turn
+    n_prompt: int = 0  # tokens of the whole prompt
+    n_kept: int = 0  # of those, still held from before
+    n_evaluated: int = 0  # evaluated for this turn: the others, unless it was cancelled
     thinking: bool = False  # the prompt's end opens a thinking block
     prompt_s: float = 0.0
     generate_s: float = 0.0
@@ -77,8 +78,9 @@ class Chat:
         self._checkpoint: list[int] = []
         self._n_replies = 0
 
-    def reply(self, messages: Sequence[Message], sampling: Sampling, max_tokens: int = -1,
-              progress: Progress | None = None) -> Iterator[str]:
+    def reply(
+        self, messages: Sequence[Message], sampling: Sampling, max_tokens: int = -1, progress: Progress | None = None
+    ) -> Iterator[str]:
         """Streams the answer to messages in pieces of whole characters.
 
         ContextFull, before anything is evaluated, when the prompt leaves no room; Cancelled after Session.cancel(). An
@@ -88,13 +90,20 @@ class Chat:
         tokens, self._segments = self._tokens(prompt)
         n_ctx = self.session.stats.n_ctx
         if len(tokens) >= n_ctx:
-            raise ContextFull(f"the conversation has {len(tokens)} tokens and the context holds {n_ctx}: shorten it, "
-                              "start anew, or open a larger context (-c)")
+            raise ContextFull(
+                f"the conversation has {len(tokens)} tokens and the context holds {n_ctx}: shorten it, "
+                "start anew, or open a larger context (-c)"
+            )
         turn.n_prompt = len(tokens)
         turn.thinking = prompt.text.rstrip().endswith(b"<think>")
-        start = time.perf_counter()
-        turn.n_evaluated = self._evaluate(tokens, self._stable_length(messages, prompt, tokens), progress)
-        turn.prompt_s = time.perf_counter() - start
+        n_stable = self._stable_length(messages, prompt, tokens)
+        before, start = self.session.stats.n_evaluated, time.perf_counter()
+        try:
+            self._evaluate(tokens, n_stable, progress)
+        finally:
+            turn.n_evaluated = self.session.stats.n_evaluated - before
+            turn.prompt_s = time.perf_counter() - start
+        turn.n_kept = len(tokens) - turn.n_evaluated
         # without this, asking again for the same prompt would give the same answer again
         sampling = replace(sampling, seed=(sampling.seed + self._n_replies) % (1 << 64))
         self._n_replies += 1
@@ -154,17 +163,17 @@ class Chat:
         agree = common_length(prompt.text, self._with_bos(self.template.render(later)).text)
         return common_length(tokens[:-1], self._tokens(prompt[:agree])[0])
 
-    def _evaluate(self, tokens: list[int], n_stable: int, progress: Progress | None) -> int:
+    def _evaluate(self, tokens: list[int], n_stable: int, progress: Progress | None) -> None:
         def report(done: int, _total: int) -> None:
             if progress is not None:
                 progress(done, len(tokens))
 
-        if tokens[:n_stable] == self._checkpoint:  # the same prompt again: the checkpoint is there
-            return self.session.sync(tokens, report)
-        n_evaluated = self.session.sync(tokens[:n_stable], report) if n_stable else 0
-        self.session.checkpoint()
-        self._checkpoint = tokens[:n_stable]
-        return n_evaluated + self.session.sync(tokens, report)
+        # where it is the same prompt again, the checkpoint is there
+        if n_stable and tokens[:n_stable] != self._checkpoint:
+            self.session.sync(tokens[:n_stable], report)
+            self.session.checkpoint()
+            self._checkpoint = tokens[:n_stable]
+        self.session.sync(tokens, report)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             is_flag = re.match(r"--?[A-Za-z]", arg) is not None and " " not in arg
             short_with_number = arg[:2] in known and re.fullmatch(r"-\w\d+", arg)
             if is_flag and flag not in known and not short_with_number:
-                near = difflib.get_close_matches(flag, known, 1, 0.5)
+                near = difflib.get_close_matches(flag, known, 1)
                 self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def error(self, message: str) -> NoReturn:
@@ -65,6 +65,7 @@ def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{value} is not in {low}..{high}")
         return value
+
     return parse
 
 
@@ -77,12 +78,14 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
         if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not in {low:g}..{high:g}")
         return value
+
     return parse
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL",
-                        help="a GGUF file, or a name of the catalog (default: its default model)")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a GGUF file, or a name of the catalog (default: its default model)"
+    )
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same")
     parser.add_argument("--no-mmap", dest="mmap", action="store_false", help="read the file into private memory")
 
@@ -91,10 +94,17 @@ def add_kv_args(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("running")
     run.add_argument("-c", "--ctx-size", type=integer(0), metavar="N", help="context in tokens; 0 = the trained one")
     run.add_argument("-t", "--threads", type=integer(1, 1024), metavar="N", help="threads (default: all cores)")
-    run.add_argument("-b", "--batch-size", type=integer(1), default=2048, metavar="N",
-                     help="as -ub; the smaller of both counts")
-    run.add_argument("-ub", "--ubatch-size", type=integer(1, 4096), default=512, metavar="N",
-                     help="tokens evaluated at once (default: 512)")
+    run.add_argument(
+        "-b", "--batch-size", type=integer(1), default=2048, metavar="N", help="as -ub; the smaller of both counts"
+    )
+    run.add_argument(
+        "-ub",
+        "--ubatch-size",
+        type=integer(1, 4096),
+        default=512,
+        metavar="N",
+        help="tokens evaluated at once (default: %(default)s)",
+    )
     kv = parser.add_argument_group("KV cache")
     kv.add_argument("-ctk", "--cache-type-k", metavar="TYPE", help="type of all keys: f16 q8 q4 q3 q2")
     kv.add_argument("-ctv", "--cache-type-v", metavar="TYPE", help="type of all values")

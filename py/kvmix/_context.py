@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 FRACTION = 0.8
 FLOOR = 4096  # a chat needs this much, or the trained context where that is smaller
-STEP = 128    # contexts are tried in pages
+STEP = 128  # contexts are tried in pages
 
 
 @dataclass(frozen=True)
 class Context:
     n_ctx: int
     n_trained: int
-    n_fits: int        # the largest that memory holds, at most n_trained unless more was asked for
+    n_fits: int  # the largest that memory holds, at most n_trained unless more was asked for
     memory_limit: int  # bytes for cache and workspace
 
 
@@ -48,12 +48,14 @@ def choose_context(model: Model, options: dict[str, Any], free_bytes: int | None
         raise OutOfMemory(
             f"a context of {n_ctx} tokens needs {mib(need(n_ctx))} for the KV cache and workspace and "
             f"{mib(model.info.weight_bytes)} for the weights, and {FRACTION:.0%} of the {mib(free)} that are free is "
-            f"{mib(int(FRACTION * free))}: " + (f"-c {n_fits} fits" if n_fits else "no context fits, free some memory"))
+            f"{mib(int(FRACTION * free))}: " + (f"-c {n_fits} fits" if n_fits else "no context fits, free some memory")
+        )
     return Context(n_ctx, trained, n_fits, limit)
 
 
 def _largest(need: Any, limit: int, most: int) -> int:
     """The largest context <= most, in whole steps below it, whose need is within limit; 0 when none is."""
+
     def fits(n: int) -> bool:
         try:
             return bool(need(n) <= limit)
@@ -86,8 +88,11 @@ def _group_rooms() -> list[int]:
         if controllers == "":
             root, limit_name, use_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            root, limit_name, use_name = (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes",
-                                          "memory.usage_in_bytes")
+            root, limit_name, use_name = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
         else:
             continue
         folder = root / group.lstrip("/")

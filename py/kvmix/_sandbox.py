@@ -163,9 +163,7 @@ def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, so
 
 def environment() -> Sandbox:
     """The settings that published templates are written for: those of transformers' apply_chat_template."""
-    env = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
-    )
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag])
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -95,12 +95,14 @@ class ChatTemplate:
         return self._render(messages)
 
     def _render(self, messages: Sequence[Message]) -> Prompt:
-        reply = _worker().ask({
-            "source": self._source,
-            "globals": self._globals,
-            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-            "variables": {**self._variables, "add_generation_prompt": True},
-        })
+        reply = _worker().ask(
+            {
+                "source": self._source,
+                "globals": self._globals,
+                "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+                "variables": {**self._variables, "add_generation_prompt": True},
+            }
+        )
         if "refused" in reply:
             raise TemplateRefusal(f"the chat template refuses these messages: {reply['refused']}")
         if "failed" in reply:
@@ -143,7 +145,9 @@ class _Worker:
         self.process = subprocess.Popen(
             # by path and with -P: the child must not find kvmix's files as top-level modules, nor load libkvmix
             [sys.executable, "-P", str(Path(__file__).with_name("_sandbox.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         self._stop = weakref.finalize(self, _stop_process, self.process)
@@ -252,5 +256,6 @@ def template_source(choice: str) -> str:
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         names = ", ".join(NAMED)
-        raise ArgumentError(f"--chat-template {choice!r} is no jinja text, no readable file ({e}) "
-                            f"and none of {names}") from None
+        raise ArgumentError(
+            f"--chat-template {choice!r} is no jinja text, no readable file ({e}) and none of {names}"
+        ) from None

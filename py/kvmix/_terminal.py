@@ -1,4 +1,4 @@
-"""What a chat writes: the answer as it comes, the line about it, the line about the model, the table of /kv.
+"""What a chat writes: the answer as it comes, the line about it, the lines about the model, the table of /kv.
 
 Answers go to stdout, everything about them to stderr. Colour only on a terminal and without NO_COLOR. On a terminal a
 model's text cannot move the cursor or change the window's title: control characters but tab and line breaks are
@@ -91,12 +91,13 @@ def say(line: str) -> None:
 
 def turn_line(turn: Turn, stats: Stats) -> str:
     prompt = f"prompt {turn.n_evaluated} tokens" + rate(turn.n_evaluated, turn.prompt_s)
-    if turn.n_evaluated < turn.n_prompt:
-        prompt += f" ({turn.n_prompt - turn.n_evaluated} kept)"
+    if turn.n_kept:
+        prompt += f" ({turn.n_kept} kept)"
     n_generated = len(turn.tokens)
     answer = f"answer {n_generated} tokens" + rate(n_generated, turn.generate_s)
-    cache = (f"KV {mib(stats.kv_used_bytes)}, {stats.bits_now:.1f} bits/value now, "
-             f"{stats.bits_full:.1f} at {stats.n_ctx}")
+    cache = (
+        f"KV {mib(stats.kv_used_bytes)}, {stats.bits_now:.1f} bits/value now, {stats.bits_full:.1f} at {stats.n_ctx}"
+    )
     return f"{prompt} | {answer} | {cache} | context {stats.n_tokens}/{stats.n_ctx}"
 
 
@@ -104,14 +105,16 @@ def rate(n: int, seconds: float) -> str:
     return f" {n / seconds:.1f} t/s" if n and seconds > 0 else ""
 
 
-def model_line(name: str, model: Model, session: Session, context: Context) -> str:
+def model_lines(name: str, model: Model, session: Session, context: Context) -> str:
     info, stats = model.info, session.stats
     fits = f"at least {context.n_trained} fit" if context.n_fits >= context.n_trained else f"{context.n_fits} fit"
-    return (f"{name}: {info.arch}, {info.n_params / 1e6:.0f} M parameters, {mib(info.weight_bytes)} ({info.weights})"
-            f" | context {stats.n_ctx} (trained {context.n_trained}, {fits})"
-            f" | KV {stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}:"
-            f" {mib(stats.kv_bytes)} when full, {stats.bits_full:.1f} bits/value"
-            f" | {stats.n_threads} threads")
+    return (
+        f"{name}: {info.arch}, {info.n_params / 1e6:.0f} M parameters, {mib(info.weight_bytes)} ({info.weights}), "
+        f"{stats.n_threads} threads\n"
+        f"context {stats.n_ctx} (trained {context.n_trained}, {fits}) | "
+        f"KV {stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}: "
+        f"{mib(stats.kv_bytes)}, {stats.bits_full:.1f} bits/value when full"
+    )
 
 
 def kv_table(session: Session) -> str:
@@ -126,6 +129,8 @@ def kv_table(session: Session) -> str:
             rows.append((i, i, text))
     lines = [f"layer {a if a == b else f'{a}-{b}':>7}  {text}" for a, b, text in rows]
     stats = session.stats
-    lines.append(f"{stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}: "
-                 f"{mib(stats.kv_used_bytes)} in use of {mib(stats.kv_bytes)} for {stats.n_ctx} tokens")
+    lines.append(
+        f"{stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}: "
+        f"{mib(stats.kv_used_bytes)} in use of {mib(stats.kv_bytes)} for {stats.n_ctx} tokens"
+    )
     return "\n".join(lines)

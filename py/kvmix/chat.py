@@ -23,11 +23,23 @@ from .errors import ArgumentError, Cancelled, ContextFull, ModelIOError
 if TYPE_CHECKING:
     from ._session import Sampling, Session, Stats
 
-SAMPLING_FLAGS = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
-                  "frequency_penalty")
+SAMPLING_FLAGS = (
+    "temp",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "repeat_last_n",
+    "presence_penalty",
+    "frequency_penalty",
+)
 TAKEN = {  # llama.cpp's flags that are taken because people type them, and why they change nothing
-    "-fa": "attention is always fused", "-ngl": "the model runs on the CPU", "--jinja": "templates always are",
-    "-cnv": "conversation is the default", "-tb": "-t counts for prompts too", "--no-warmup": "there is none",
+    "-fa": "attention is always fused",
+    "-ngl": "the model runs on the CPU",
+    "--jinja": "templates always are",
+    "-cnv": "conversation is the default",
+    "-tb": "-t counts for prompts too",
+    "--no-warmup": "there is none",
 }
 
 
@@ -39,15 +51,31 @@ def parser() -> _cli.Parser:
     what.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and leave")
     what.add_argument("-f", "--file", metavar="FILE", help="answer what the file says and leave")
     talk.add_argument("-sys", "--system-prompt", metavar="TEXT", help="system message")
-    talk.add_argument("-n", "--predict", "--n-predict", type=_cli.integer(-1), default=-1, metavar="N",
-                      help="most tokens of an answer; -1 = no limit")
+    talk.add_argument(
+        "-n",
+        "--predict",
+        "--n-predict",
+        type=_cli.integer(-1),
+        default=-1,
+        metavar="N",
+        help="most tokens of an answer; -1 = no limit",
+    )
     talk.add_argument("-st", "--single-turn", action="store_true", help="leave after one answer")
     talk.add_argument("-no-cnv", "--no-conversation", action="store_true", help="continue the text, without a template")
     talk.add_argument("--chat-template", metavar="TEMPLATE", help=f"jinja text, a file, or {', '.join(NAMED)}")
-    talk.add_argument("--reasoning", choices=("on", "off", "auto"), default="auto",
-                      help="off: ask the template for an answer without thinking")
-    talk.add_argument("-e", "--escape", action="store_true", default=True,
-                      help="read \\n, \\t, \\\\, \\\" in -p and -sys (the default)")
+    talk.add_argument(
+        "--reasoning",
+        choices=("on", "off", "auto"),
+        default="auto",
+        help="off: ask the template for an answer without thinking",
+    )
+    talk.add_argument(
+        "-e",
+        "--escape",
+        action="store_true",
+        default=True,
+        help='read \\n, \\t, \\\\, \\" in -p and -sys (the default)',
+    )
     talk.add_argument("--no-escape", dest="escape", action="store_false", help="take -p and -sys as they are")
     talk.add_argument("--json", action="store_true", help="one answer, as a JSON object on stdout")
     _cli.add_kv_args(p)
@@ -210,7 +238,7 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         template = model_template(model, source, enable_thinking=thinking)
     context = choose_context(model, options)
     session = model.session(**{**options, "n_ctx": context.n_ctx, "memory_limit": context.memory_limit})
-    _terminal.say(_terminal.model_line(resolved.name, model, session, context))
+    _terminal.say(_terminal.model_lines(resolved.name, model, session, context))
     messages: list[Message] = []
     if args.system_prompt is not None:
         text = checked_text("-sys", unescape(args.system_prompt) if args.escape else args.system_prompt)
@@ -262,7 +290,7 @@ def report(turn: Turn, stats: Stats) -> dict[str, Any]:
         "kv_bits_full": stats.bits_full,
         "n_ctx": stats.n_ctx,
         "recipe": stats.recipe,
-        "finish": turn.finish,
+        "finish": "length" if turn.finish == "full" else turn.finish,
     }
 
 
@@ -307,8 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bare_flash_attn(argv: Sequence[str]) -> list[str]:
     """-fa is typed with and without a value; without one it must not take the model's name for it."""
     values = ("on", "off", "auto")
-    return [arg + "=on" if arg in ("-fa", "--flash-attn") and after not in values else arg
-            for arg, after in zip(argv, [*argv[1:], ""], strict=False)]
+    return [
+        arg + "=on" if arg in ("-fa", "--flash-attn") and after not in values else arg
+        for arg, after in zip(argv, [*argv[1:], ""], strict=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """python -m kvmix.perplexity MODEL TEXT: perplexity in llama.cpp's protocol, and what a KV cache costs in quality.
 
-The text is tokenized once and cut into chunks of -c tokens, each evaluated as a fresh sequence; where the file asks for
-a BOS, it takes the place of a chunk's first token. The second half is scored: positions n_ctx/2 .. n_ctx-2 predict
-their next token.
+The text is tokenized once and cut into chunks of -c tokens (512), each evaluated as a fresh sequence; where the file
+asks for a BOS, it takes the place of a chunk's first token. The second half is scored: positions n_ctx/2 .. n_ctx-2
+predict their next token.
 
 --kld runs the same tokens through a second session whose cache is f16, and compares the predictions position by
 position. Both run with act=f32: 8-bit activations re-roll their rounding at every small change, which alone shows as a
@@ -65,6 +65,8 @@ def packed_bits(layers: Sequence[LayerKV]) -> float:
 
 def cut(model: Model, text: bytes, n_ctx: int, n_chunks: int | None) -> list[NDArray[np.int32]]:
     """The chunks [n_ctx] of a text; n_chunks None = all."""
+    if n_ctx < 4:
+        raise ArgumentError(f"a chunk of {n_ctx} tokens leaves nothing to score: give -c 4 or more")
     ids = np.array(model.tokenize(text), dtype=np.int32)
     n_whole = len(ids) // n_ctx
     if n_whole == 0:
@@ -238,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         n_ctx = options["n_ctx"] or model.info.n_ctx_train
         chunks = cut(model, text, n_ctx, args.chunks)
         lineup = open_lineup(model, args, options)
-        _cli.note(f"{resolved.name}: {len(chunks)} chunks of {n_ctx} tokens, act={args.act}")
+        _cli.note(f"{resolved.name}: {len(chunks)} x {n_ctx} tokens, act={args.act}")
         run(lineup, chunks, options["n_batch"], show=not args.json)
         result = {
             "model": resolved.name,

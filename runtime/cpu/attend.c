@@ -114,7 +114,7 @@ static void turn_queries(const unit *u, const uint16_t *balance) {
         const float *q = u->s->q + i * d;
         float *turned = u->s->q_packed + i * d;
         for (int32_t j = 0; j < d; j++) turned[j] = kvm_f16_to_f32(balance[j]) * q[j];
-        kvm_hadamard(turned, d, 1, block);
+        u->c->b->kernels->hadamard(turned, d, 1, block);
     }
 }
 
@@ -226,7 +226,9 @@ static partial split_partial(const unit *u, int32_t run) {
 static void turn_back(const unit *u, partial total) {
     int32_t d = u->c->layer->d_v;
     if (u->c->layout->v_type == KVM_KVTYPE_F16) return;
-    for (int32_t i = 0; i < u->m; i++) kvm_hadamard(total.acc + i * d, d, 1, kvm_hadamard_block(d, KVM_SIDE_V));
+    for (int32_t i = 0; i < u->m; i++) {
+        u->c->b->kernels->hadamard(total.acc + i * d, d, 1, kvm_hadamard_block(d, KVM_SIDE_V));
+    }
 }
 
 /* merges the unit's runs, computing them here unless they were split, and writes its heads of the result */

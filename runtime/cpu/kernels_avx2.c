@@ -7,6 +7,7 @@
  */
 #include <immintrin.h>
 
+#include "../kvencode.h"
 #include "matmul_avx2.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -270,6 +271,8 @@ const kvm_cpu_kernels kvm_kernels_avx2 = {
     .quantize_q8 = quantize_q8,
     .matmul_q8 = kvm_matmul_avx2_q8,
     .load_packed = load_packed,
+    .encode = encode_page,
+    .hadamard = hadamard,
     .load_f16 = load_f16,
     .softmax_step = softmax_step,
     .silu_mul = silu_mul,

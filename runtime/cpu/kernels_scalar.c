@@ -85,5 +85,6 @@ static void silu_mul(float *gate, const float *up, int32_t n) {
 
 const kvm_cpu_kernels kvm_kernels_scalar = {
     .name = "scalar", .supported = supported, .gemm_f32 = gemm_f32, .quantize_q8 = quantize_q8,
-    .matmul_q8 = matmul_q8, .load_packed = kvm_decode_page, .load_f16 = load_f16, .softmax_step = softmax_step,
+    .matmul_q8 = matmul_q8, .load_packed = kvm_decode_page, .encode = kvm_encode,
+    .hadamard = kvm_hadamard, .load_f16 = load_f16, .softmax_step = softmax_step,
     .silu_mul = silu_mul};

@@ -18,9 +18,9 @@ static void keep_sinks(const pack_context *c, const uint16_t *k, const uint16_t 
 }
 
 /* s->k [d][128] -> codes, scales of one side */
-static void write_side(kvm_side side, kvm_kvtype type, int32_t d, const kvm_page_layout *layout,
+static void write_side(const kvm_cpu_kernels *kernels, kvm_side side, kvm_kvtype type, int32_t d, const kvm_page_layout *layout,
                        kvm_cpu_scratch *s, uint8_t *out) {
-    kvm_encode(type, s->k, d, s->codes, kvm_cpu_half(out + layout->scales));
+    kernels->encode(type, s->k, d, s->codes, kvm_cpu_half(out + layout->scales));
     kvm_planes_pack(type, side, s->codes, d, out);
 }
 
@@ -44,7 +44,7 @@ static void pack_k(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
         kvm_precondition_k(s->k, d, job->first, job->n_valid, NULL, kvm_cpu_half(store + l->store.balance), mean,
                            balance);
     }
-    write_side(KVM_SIDE_K, l->k_type, d, &l->k, s, out);
+    write_side(c->b->kernels, KVM_SIDE_K, l->k_type, d, &l->k, s, out);
 }
 
 static void pack_v(const pack_context *c, const kvm_pack_job *job, uint8_t *f16, kvm_cpu_scratch *s, uint8_t *out) {
@@ -60,8 +60,8 @@ static void pack_v(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
         bool inside = p >= job->first && p < job->n_valid;
         for (int32_t i = 0; i < d; i++) s->k[i * KVM_PAGE + p] = inside ? s->v[p * d + i] : 0.0f;
     }
-    kvm_hadamard(s->k, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_V));
-    write_side(KVM_SIDE_V, l->v_type, d, &l->v, s, out);
+    c->b->kernels->hadamard(s->k, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_V));
+    write_side(c->b->kernels, KVM_SIDE_V, l->v_type, d, &l->v, s, out);
 }
 
 static void pack_item(void *context, int32_t item, int32_t thread) {

@@ -1,0 +1,700 @@
+"""What kvmix.h promises of sessions - sequences, forks, rewinds, memory -, of recipes and of samplers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvmix
+import tiny
+from kvmix import Row, Sampling, _native
+from ref.codec import KVTYPES, Side, nmse, physical_bits
+
+PAGE = 128
+# Logits of the same tokens, computed in other batches: design 4's bound for act=f32.
+SAME = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> kvmix.Model:
+    return kvmix.Model(tiny.write_model(folder / "tiny.gguf", n_embd=128, n_ff=256, n_ctx=2048).path)
+
+
+def random_ids(n_tokens: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, n_tokens).tolist()
+
+
+def open_session(model: kvmix.Model, **options: Any) -> kvmix.Session:
+    defaults = {"n_ctx": 1024, "kv": "k4v3", "n_threads": 1, "act": "f32", "n_seq_max": 4}
+    return model.session(**defaults | options)
+
+
+def greedy(session: kvmix.Session, n_tokens: int) -> list[int]:
+    """The tokens that the session continues with, all of them in the cache."""
+    start = session.length
+    for _ in range(n_tokens):
+        session.decode([Row(int(session.logits.argmax()), want_logits=True)])
+    return session.tokens[start:]
+
+
+def next_logits(session: kvmix.Session, token: int = 65) -> np.ndarray:
+    session.decode([Row(token, want_logits=True)])
+    return session.logits
+
+
+def assert_is_whole(session: kvmix.Session, ids: Sequence[int], **options: Any) -> None:
+    """The session holds these tokens, and goes on as one that never did anything else."""
+    assert session.tokens == list(ids)
+    fresh = open_session(session.model, **options)
+    fresh.sync([*ids, 65])
+    assert nmse(fresh.logits, next_logits(session)) <= SAME
+
+
+# ---- the same answer whatever the way there -------------------------------------------------------------------------
+
+RECIPES = [{"kv": "k4v3"}, {"kv": "k2v2", "window": 0}, {"kv": "k3v2,0:k8v8", "balance_page": 1, "sink": 4}]
+recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r["kv"])
+
+
+@recipes
+@pytest.mark.parametrize("n_batch", [1, 7, 32, 512])
+def test_prompt_batches_give_the_same_tokens(model: kvmix.Model, recipe: dict[str, Any], n_batch: int) -> None:
+    answers = []
+    for n in (512, n_batch):
+        session = open_session(model, n_batch=n, **recipe)
+        session.sync(random_ids(300))
+        answers.append(greedy(session, 150))
+    assert answers[0] == answers[1]
+
+
+@recipes
+def test_continuing_gives_the_same_tokens(model: kvmix.Model, recipe: dict[str, Any]) -> None:
+    whole, session = open_session(model, **recipe), open_session(model, **recipe)
+    ids = random_ids(420)
+    for start in range(0, 420, 35):
+        session.sync(ids[: start + 35])
+    whole.sync(ids)
+    assert greedy(whole, 40) == greedy(session, 40)
+
+
+@recipes
+@pytest.mark.parametrize("at", [50, 128, 200, 255, 256, 330, 500])
+def test_a_fork_and_its_source_go_their_own_ways(model: kvmix.Model, recipe: dict[str, Any], at: int) -> None:
+    ids, ways = random_ids(at), [random_ids(300, seed=1), random_ids(300, seed=2)]
+    session = open_session(model, n_ctx=2048, **recipe)
+    session.sync(ids)
+    forks = [session, session.fork()]
+    for end in (1, 20, 150, 300):  # by turns, over the same pages
+        for fork, way in zip(forks, ways, strict=True):
+            fork.sync(ids + way[:end])
+    for fork, way in zip(forks, ways, strict=True):
+        assert_is_whole(fork, ids + way, **recipe)
+
+
+@recipes
+def test_forks_of_one_open_page_copy_it(model: kvmix.Model, recipe: dict[str, Any]) -> None:
+    """In one batch: the source stays, one fork takes the page over, the others must not write into it."""
+    ids = random_ids(200)
+    session = open_session(model, **recipe)
+    session.sync(ids)
+    forks = [session.fork() for _ in range(3)]
+    session.decode([Row(10 + i, session=fork) for _ in range(80) for i, fork in enumerate(forks)])
+    for i, fork in enumerate(forks):
+        assert_is_whole(fork, ids + [10 + i] * 80, **recipe)
+    assert_is_whole(session, ids, **recipe)
+
+
+@recipes
+@pytest.mark.parametrize("kept", [499, 430, 400, 385, 384, 373, 372, 200, 100, 1, 0])
+def test_a_rewind_goes_on_as_if_nothing_had_been(model: kvmix.Model, recipe: dict[str, Any], kept: int) -> None:
+    session, ids = open_session(model, **recipe), random_ids(500)
+    session.sync(ids)
+    session.rewind(kept)
+    assert session.tokens == ids[:kept]
+    other = ids[:kept] + random_ids(400, seed=3)
+    session.sync(other)
+    assert_is_whole(session, other, **recipe)
+
+
+@recipes
+@pytest.mark.parametrize("at", [100, 128, 200, 255, 256, 300])
+def test_a_rewind_to_a_checkpoint_goes_on_as_if_nothing_had_been(
+    model: kvmix.Model, recipe: dict[str, Any], at: int
+) -> None:
+    session, ids = open_session(model, **recipe), random_ids(700)
+    session.sync(ids[:at])
+    session.checkpoint()
+    session.sync(ids)
+    session.rewind(at)
+    other = ids[:at] + random_ids(400, seed=3)
+    session.sync(other)
+    assert_is_whole(session, other, **recipe)
+    session.rewind(at)  # the checkpoint is still there
+    session.sync(ids)
+    assert_is_whole(session, ids, **recipe)
+
+
+def walk(model: kvmix.Model, recipe: dict[str, Any], n_steps: int, seed: int) -> None:
+    """Sessions under random calls, beside the lists of tokens that they should hold."""
+    rng = np.random.default_rng(seed)
+    first = open_session(model, n_seq_max=3, n_batch=100, **recipe)
+    held: dict[kvmix.Session, list[int]] = {first: random_ids(150)}
+    first.sync(held[first])
+
+    def pick() -> kvmix.Session:
+        return list(held)[rng.integers(len(held))]
+
+    def append(session: kvmix.Session) -> None:
+        held[session] += random_ids(int(rng.choice([1, 3, 20, 130])), rng.integers(99))
+        del held[session][450:]
+        session.sync(held[session])
+
+    def replace_tail(session: kvmix.Session) -> None:
+        keep = int(rng.integers(len(held[session])))
+        held[session] = held[session][:keep] + random_ids(int(rng.integers(1, 451 - keep)), rng.integers(99))
+        session.sync(held[session])
+
+    def rewind(session: kvmix.Session) -> None:
+        n = len(held[session])
+        del held[session][int(rng.integers(n - min(n, int(rng.choice([128, n]))), n + 1)) :]
+        session.rewind(len(held[session]))
+        if not held[session]:
+            append(session)
+
+    def fork(session: kvmix.Session) -> None:
+        if len(held) == 3:
+            held.pop(session)
+            session.close()
+        source = pick()
+        held[source.fork()] = list(held[source])
+
+    actions = [append, append, replace_tail, rewind, rewind, fork, kvmix.Session.checkpoint]
+    for step in range(n_steps):
+        actions[rng.integers(len(actions))](pick())
+        session = pick()
+        if step % 4 == 3:
+            assert_is_whole(session, held[session], **recipe)
+            held[session].append(65)
+
+
+@recipes
+def test_a_random_walk_of_calls(model: kvmix.Model, recipe: dict[str, Any]) -> None:
+    walk(model, recipe, n_steps=60, seed=1)
+
+
+@pytest.mark.full
+@recipes
+@pytest.mark.parametrize("seed", range(20))
+def test_long_random_walks_of_calls(model: kvmix.Model, recipe: dict[str, Any], seed: int) -> None:
+    walk(model, recipe, n_steps=300, seed=100 + seed)
+
+
+# ---- what fails changes nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "sentence"),
+    [
+        ([(1, 0, 201, False)], kvmix.ArgumentError, "position 201; the next one is 200"),
+        ([(1, 0, 200, False), (1, 0, 200, False)], kvmix.ArgumentError, "position 200; the next one is 201"),
+        ([(1, 4, 0, False)], kvmix.ArgumentError, "sequence 4; this session has 0 to 3"),
+        ([(1, -1, 0, False)], kvmix.ArgumentError, "sequence -1"),
+        ([(9999, 0, 200, False)], kvmix.ArgumentError, "token 9999 is not in the vocabulary"),
+        ([(-1, 0, 200, False)], kvmix.ArgumentError, "token -1"),
+        ([(1, 0, 200 + i, True) for i in range(3)], kvmix.ArgumentError, "3 rows want logits; .* opened for 2"),
+        ([(1, 0, 200 + i, False) for i in range(65)], kvmix.ArgumentError, "n_rows is 65; it takes 1 to 64"),
+        ([], kvmix.ArgumentError, "n_rows is 0"),
+        ([(1, 0, 200 + i, False) for i in range(57)], kvmix.ContextFull, "needs position 257 of 256"),
+        ([(1, 1, 0, False), (1, 0, 199, False)], kvmix.ArgumentError, "row 1 of sequence 0 has position 199"),
+    ],
+)
+def test_a_failed_decode_changes_nothing(
+    model: kvmix.Model, rows: list[tuple[int, int, int, bool]], error: type[Exception], sentence: str
+) -> None:
+    session, ids = open_session(model, n_ctx=256, n_batch=64, n_logits=2), random_ids(200)
+    session.sync(ids)
+    before = session.stats
+    with pytest.raises(error, match=sentence):
+        _native.decode(session.core.handle, rows)
+    assert session.stats == before
+    assert_is_whole(session, ids)
+
+
+def test_a_batch_that_finds_no_page_changes_nothing(model: kvmix.Model) -> None:
+    """A fork needs a copy of the page that its source has written on, and others hold every page."""
+    options: dict[str, Any] = {"n_ctx": 256, "n_batch": PAGE, "n_seq_max": 8, "n_checkpoint": 0}
+    session, ids = open_session(model, **options), random_ids(200)
+    session.sync(ids)
+    fork, others = session.fork(), []
+    session.sync(ids + [7] * 10)
+    with pytest.raises(kvmix.ContextFull, match="page pool"):
+        while True:
+            others.append(session.fork())
+            others[-1].sync(random_ids(256, seed=9))
+    before = session.stats
+    with pytest.raises(kvmix.ContextFull, match="page pool"):
+        fork.decode([Row(9)])
+    assert session.stats == before
+    for other in others:
+        other.close()
+    fork.decode([Row(9)] * 20)
+    assert_is_whole(session, ids + [7] * 10, **options)
+    assert_is_whole(fork, ids + [9] * 20, **options)
+
+
+def test_cancelling_before_a_call_stops_it(model: kvmix.Model) -> None:
+    session, ids = open_session(model), random_ids(200)
+    session.sync(ids)
+    session.cancel()
+    with pytest.raises(kvmix.Cancelled):
+        session.decode([Row(1)])
+    assert_is_whole(session, ids)
+
+
+def test_cancelling_in_the_middle_of_a_batch_changes_nothing(folder: Path) -> None:
+    """A batch in which pages are packed and an open page grows, stopped after some of ten slow layers."""
+    path = tiny.write_model(folder / "deep.gguf", n_layer=10, n_ctx=1024).path
+    session, ids = open_session(kvmix.Model(path), kernels="scalar"), random_ids(700)
+    session.sync(ids[:200])
+    before = session.stats
+    timer = threading.Timer(0.1, session.cancel)
+    timer.start()
+    with pytest.raises(kvmix.Cancelled, match=r"in layer \d of 10"):
+        session.decode([Row(token) for token in ids[200:]])
+    timer.join()
+    assert session.stats == before
+    session.sync(ids[:260])
+    assert_is_whole(session, ids[:260], kernels="scalar")
+
+
+# ---- sync evaluates what it must ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kv", "checkpoints", "kept", "n_new", "n_evaluated"),
+    [
+        ("k4v3", [], 600, 0, 1),  # only the last token again, for its logits
+        ("k4v3", [], 600, 50, 50),
+        ("k4v3", [], 550, 30, 30),
+        ("k4v3", [], 472, 30, 30),  # 128 back
+        ("k4v3", [], 472, 0, 129 - 128),
+        ("k4v3", [], 384, 30, 30),  # the f16 pages that happen to be there still
+        ("k4v3", [], 383, 30, 413),  # 0 is the nearest checkpoint
+        ("k4v3", [300], 383, 30, 113),
+        ("k4v3", [300], 300, 30, 30),
+        ("k4v3", [300], 299, 30, 329),  # the checkpoint lies behind
+        ("k4v3", [100, 300], 299, 30, 229),
+        ("k4v3", [100, 200, 300], 150, 30, 180),  # two are kept: 100 is forgotten
+        ("k4v3", [100, 200, 300], 250, 30, 80),
+        ("f16", [], 5, 30, 30),  # nothing is packed: every rewind is exact
+    ],
+)
+def test_sync_evaluates_no_more_than_it_must(
+    model: kvmix.Model, kv: str, checkpoints: list[int], kept: int, n_new: int, n_evaluated: int
+) -> None:
+    session, ids = open_session(model, kv=kv), random_ids(600)
+    for at in checkpoints:
+        session.sync(ids[:at])
+        session.checkpoint()
+    session.sync(ids)
+    before = session.stats.n_evaluated
+    assert before == 600
+    tail = [255 - token for token in random_ids(600)[kept : kept + n_new]] or [255] * n_new
+    other = ids[:kept] + (tail + [1] * n_new)[:n_new]
+    assert session.sync(other) == n_evaluated == session.stats.n_evaluated - before
+    assert_is_whole(session, other, kv=kv)
+
+
+def test_a_rewind_drops_the_checkpoints_behind_it(model: kvmix.Model) -> None:
+    session, ids = open_session(model), random_ids(900)
+    for at in (200, 600):
+        session.sync(ids[:at])
+        session.checkpoint()
+    session.rewind(500)
+    session.sync(ids[:500] + ids[:400])  # a checkpoint at 600 would now hold other tokens
+    before = session.stats.n_evaluated
+    session.rewind(610)
+    assert session.stats.n_evaluated - before == 410
+    assert_is_whole(session, ids[:500] + ids[:110])
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv", ["f16", "k8v8", "k4v3", "k2v2", "k4v3,0:k8v4", "kf16v2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"balance_page": 1},
+        {"window": 0, "sink": 0},
+        {"window": 300, "sink": 64, "n_seq_max": 3, "n_checkpoint": 0},
+        {"n_ctx": 100, "n_batch": 1, "n_seq_max": 1},
+        {"n_batch": 256, "strict": True},
+    ],
+    ids=str,
+)
+def test_what_is_allocated_is_what_was_planned(model: kvmix.Model, kv: str, options: dict[str, Any]) -> None:
+    wanted = {"n_ctx": 2000, "kv": kv, "n_threads": 2} | options
+    plan, session = model.plan(**wanted), model.session(**wanted)
+    stats = session.stats
+    assert (stats.kv_bytes, stats.bits_full, stats.n_ctx) == (plan.kv_bytes, plan.bits_full, plan.n_ctx)
+    need = plan.kv_bytes + plan.workspace_bytes
+    model.session(**wanted, memory_limit=need)
+    with pytest.raises(kvmix.OutOfMemory, match=rf"needs {need / 2**20:.1f} MiB .*-c.*--kv"):
+        model.session(**wanted, memory_limit=need - 1)
+
+
+@pytest.mark.parametrize("balance_page", [0, 1])
+@pytest.mark.parametrize(("k", "v"), [("8", "8"), ("4", "3"), ("2", "4"), ("f16", "2")])
+def test_a_page_has_the_bits_of_its_types(model: kvmix.Model, k: str, v: str, balance_page: int) -> None:
+    layer = model.session(kv=f"k{k}v{v}", balance_page=balance_page).layers[0]
+    k_bits = physical_bits(KVTYPES[layer.k_type], Side.K, layer.d_k, bool(balance_page))
+    v_bits = physical_bits(KVTYPES[layer.v_type], Side.V, layer.d_v)
+    n_values = PAGE * layer.n_head_kv * layer.d_k
+    assert layer.page_bytes == (k_bits + v_bits) * n_values / 8  # at d = 64 nothing is padded
+
+
+@pytest.mark.parametrize("n_tokens", [1, 100, 255, 256, 300, 384, 1000, 1500])
+@pytest.mark.parametrize(("kv", "window", "sink"), [("f16", 128, 16), ("k4v3", 128, 16), ("k2v2", 0, 4)])
+def test_bits_are_the_bytes_in_use(model: kvmix.Model, kv: str, window: int, sink: int, n_tokens: int) -> None:
+    session = open_session(model, n_ctx=1500, kv=kv, window=window, sink=sink)
+    assert session.stats.bits_now == 0 and session.stats.kv_used_bytes == 0
+    session.sync(random_ids(n_tokens))
+    n_packed = 0 if kv == "f16" else max(0, n_tokens - 1 - window) // PAGE
+    n_dropped = 0 if kv == "f16" else max(0, max(0, n_tokens - window) // PAGE - 1)  # one page back for a rewind
+    used = n_values = 0
+    for layer in session.layers:
+        values = layer.n_head_kv * (layer.d_k + layer.d_v)  # of a token
+        used += 2 * values * (n_tokens - n_dropped * PAGE) + n_packed * layer.page_bytes
+        if n_packed > 0:
+            used += 2 * values * sink + 2 * layer.n_head_kv * layer.d_k  # and the frozen balance
+        n_values += values * n_tokens
+    stats = session.stats
+    assert stats.kv_used_bytes == used <= stats.kv_bytes
+    assert stats.bits_now == 8 * used / n_values
+    if n_packed == 0:
+        assert stats.bits_now == 16.0
+    if n_tokens == stats.n_ctx:
+        assert stats.bits_now == stats.bits_full
+
+
+def test_a_long_chat_falls_toward_the_packed_bits(model: kvmix.Model) -> None:
+    session = open_session(model, n_ctx=2048)
+    bits = []
+    for n_tokens in (200, 600, 1200, 2048):
+        session.sync(random_ids(n_tokens))
+        bits.append(session.stats.bits_now)
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] == 16.0 and bits[-1] < 7
+    assert model.plan(n_ctx=1 << 17, kv="k4v3").bits_full == pytest.approx((4 + 3) / 2 + 16 / 64 + 1 / 16, rel=0.02)
+
+
+def test_shared_pages_count_once(model: kvmix.Model) -> None:
+    session = open_session(model)
+    session.sync(random_ids(700))
+    before = session.stats
+    fork = session.fork()
+    assert session.stats.n_tokens == 2 * before.n_tokens
+    shared = session.stats.kv_used_bytes - before.kv_used_bytes
+    assert shared < 0.05 * before.kv_used_bytes  # its own sinks and balance
+    fork.close()
+    assert session.stats == before
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+N_LAYER = 4
+ARRAYS = {"kvmix.version": 1, "kvmix.k_type": ["q8", "q4", "q4", "q4"], "kvmix.v_type": ["q3"] * N_LAYER}
+K8V3 = [("q8", "q3")] + [("q4", "q3")] * 3
+
+
+@pytest.fixture(scope="module")
+def with_keys(folder: Path) -> Callable[[dict[str, Any]], kvmix.Model]:
+    """A model whose file has these keys."""
+    count = iter(range(10**6))
+
+    def write(keys: dict[str, Any]) -> kvmix.Model:
+        path = folder / f"keys-{next(count)}.gguf"
+        small = {"n_embd": 64, "n_head": 1, "n_head_kv": 1, "n_ff": 64}
+        return kvmix.Model(tiny.write_model(path, n_layer=N_LAYER, extra_keys=keys, **small).path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def plain(with_keys: Callable[[dict[str, Any]], kvmix.Model]) -> kvmix.Model:
+    return with_keys({})
+
+
+def types(session: kvmix.Session) -> list[tuple[str, str]]:
+    return [(layer.k_type, layer.v_type) for layer in session.layers]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("k4v3", [("q4", "q3")] * 4),
+        ("f16", [("f16", "f16")] * 4),
+        ("q8", [("q8", "q8")] * 4),
+        ("q4_0", [("q4", "q4")] * 4),
+        ("kf16v2", [("f16", "q2")] * 4),
+        ("k4v3,0-1:k8v4", [("q8", "q4")] * 2 + [("q4", "q3")] * 2),
+        ("k4v3;3:f16", [("q4", "q3")] * 3 + [("f16", "f16")]),
+        (" k4 v3 , 0 - 2 : k8v8 ; 1 : k2v2 ", [("q8", "q8"), ("q2", "q2"), ("q8", "q8"), ("q4", "q3")]),
+    ],
+)
+def test_a_recipe_is_read_and_written(plain: kvmix.Model, text: str, expected: list[tuple[str, str]]) -> None:
+    session = plain.session(kv=text)
+    assert types(session) == expected
+    assert session.stats.recipe_source == "--kv"
+    assert types(plain.session(kv=session.stats.recipe)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "no KV type"),
+        ("k4", "'v' is missing"),
+        ("kv3", "a number of bits is missing"),
+        ("k5v3", "no type of 5 bits; the types are f16 q8 q4 q3 q2"),
+        ("k16v3", "no type of 16 bits"),
+        ("kf8v3", "no type of float 8 bits"),
+        ("q9", "'q9' is no KV type"),
+        ("k4v3,", "a layer number is missing"),
+        ("k4v3,0", "':' is missing"),
+        ("k4v3,0-:k8v8", "the last layer of a range is missing"),
+        ("k4v3,4:k8v8", "layers 4-4 do not fit a model of 4 layers"),
+        ("k4v3,0-99999999999:k8v8", "do not fit a model of 4 layers"),
+        ("k4v3,2-1:k8v8", "layers 2-1 do not fit"),
+        ("k4v3 k8v8", "text is left over"),
+        ("k4v3\n", "text is left over"),
+        ("K4V3", "no KV type"),
+    ],
+)
+def test_a_bad_recipe_is_told_what_is_wrong(plain: kvmix.Model, text: str, sentence: str) -> None:
+    with pytest.raises(kvmix.ArgumentError, match=sentence):
+        plain.session(kv=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "source"),
+    [
+        ({}, K8V3, "file"),
+        ({"kv_default": "k2v2"}, K8V3, "file"),
+        ({"kv": "k3v3", "kv_default": "k2v2"}, [("q3", "q3")] * 4, "--kv"),
+        ({"k_type": "q2"}, [("q2", "q3")] * 4, "-ctk/-ctv"),
+        ({"v_type": "q8_0"}, [("q8", "q8")] + [("q4", "q8")] * 3, "-ctk/-ctv"),
+        ({"kv": "k3v3", "v_type": "f16"}, [("q3", "f16")] * 4, "-ctk/-ctv"),
+    ],
+)
+def test_who_decides(with_keys: Callable, options: dict[str, str], expected: list, source: str) -> None:
+    session = with_keys(ARRAYS).session(**options)
+    assert (types(session), session.stats.recipe_source) == (expected, source)
+
+
+def test_a_file_without_a_recipe_gets_the_catalogs_else_the_default(plain: kvmix.Model) -> None:
+    for options, expected, source in (({"kv_default": "k3v2"}, ("q3", "q2"), "catalog"), ({}, ("q4", "q3"), "default")):
+        stats = plain.session(**options).stats
+        assert (stats.recipe_source, stats.window, stats.sink) == (source, 128, 16)
+        assert types(plain.session(**options)) == [expected] * 4
+
+
+def test_window_and_sink_come_apart_from_the_types(with_keys: Callable) -> None:
+    model = with_keys(ARRAYS | {"kvmix.window": 256, "kvmix.sink": 4, "kvmix.balance": "page"})
+
+    def resolved(**options: Any) -> tuple[int, int]:
+        stats = model.session(**options).stats
+        return stats.window, stats.sink
+
+    assert resolved() == (256, 4)
+    assert resolved(kv="k2v2") == (256, 4)
+    assert resolved(window=0) == (0, 4)
+    assert resolved(sink=0) == (256, 0)
+    frozen, page = (model.session(kv="k4v3", balance_page=b).layers[0].page_bytes for b in (0, 1))
+    assert model.session(kv="k4v3").layers[0].page_bytes == page > frozen
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "sentence", "has_a_way_out"),
+    [
+        ({"kvmix.version": 2}, kvmix.Unsupported, r"kvmix.version is 2, this build knows 1; run with --kv", True),
+        ({"kvmix.k_type": ["q4"] * 3}, kvmix.FormatError, r"kvmix.k_type has 3 entries for 4 layers; run with --kv", True),
+        ({"kvmix.v_type": ["q4"] * 5}, kvmix.FormatError, r"kvmix.v_type has 5 entries for 4 layers", True),
+        ({"kvmix.v_type": ["q3"] * 3 + ["q7"]}, kvmix.FormatError, r"kvmix.v_type: 'q7' is no KV type; there are f16", True),
+        ({"kvmix.recipe": "k4v4"}, kvmix.FormatError, r"kvmix.recipe says other types than kvmix.k_type", True),
+        ({"kvmix.recipe": "nonsense"}, kvmix.FormatError, r"kvmix.recipe says other types", True),
+        ({"kvmix.k_type": 4}, kvmix.FormatError, r"kvmix.k_type", True),
+        ({"kvmix.version": "1"}, kvmix.FormatError, r"kvmix.version", False),
+        ({"kvmix.sink": 65}, kvmix.FormatError, r"kvmix.sink", False),
+        ({"kvmix.balance": "maybe"}, kvmix.FormatError, r"kvmix.balance is neither 'frozen' nor 'page'", False),
+    ],
+)
+def test_a_files_recipe_that_does_not_fit_is_refused_by_name(
+    with_keys: Callable, keys: dict[str, Any], error: type[Exception], sentence: str, has_a_way_out: bool
+) -> None:
+    model = with_keys(ARRAYS | keys)
+    with pytest.raises(error, match=sentence):
+        model.session()
+    with pytest.raises(error, match=sentence):
+        model.plan()
+    if has_a_way_out:
+        assert types(model.session(kv="k4v4")) == [("q4", "q4")] * 4
+
+
+def test_a_recipe_lacks_a_side(with_keys: Callable) -> None:
+    with pytest.raises(kvmix.FormatError, match="kvmix.version is there but kvmix.v_type is not"):
+        with_keys({"kvmix.version": 1, "kvmix.k_type": ["q4"] * 4}).session()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"k_type": "int4"}, "-ctk: 'int4' is no KV type; there are f16 q8 q4 q3 q2"),
+        ({"v_type": ""}, "-ctv: '' is no KV type"),
+        ({"sink": 65}, "sink 65 is out of range; it takes 0 to 64"),
+        ({"window": -2}, "window -2 is out of range"),
+        ({"strict": True, "n_batch": 100}, "n_batch 100 is not a multiple of 128"),
+    ],
+)
+def test_a_bad_option_is_named(plain: kvmix.Model, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(kvmix.ArgumentError, match=sentence):
+        plain.session(**options)
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+OFF = Sampling(temp=1.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def draw(model: kvmix.Model, logits: np.ndarray, n: int, sampling: Sampling, accepted: Sequence[int] = ()) -> list[int]:
+    """n tokens from the same logits [n_vocab] f32."""
+    sampler = _native.sampler_open(model.handle, asdict(sampling))
+    token, values = _native._ffi.new("int32_t *"), _native._ffi.from_buffer("float[]", logits)
+    try:
+        for id_ in accepted:
+            _native.sampler_accept(sampler, id_)
+        return [draw_one(sampler, values, token) for _ in range(n)]
+    finally:
+        _native.sampler_close(sampler)
+
+
+def draw_one(sampler: Any, values: Any, token: Any) -> int:
+    _native.check(_native._lib.kvmix_sample(sampler, values, token))
+    return int(token[0])
+
+
+def distribution(logits: np.ndarray, s: Sampling, accepted: Sequence[int] = ()) -> np.ndarray:
+    """llama.cpp's chain in f64: penalties, top-k, top-p, min-p, temperature -> [n_vocab]."""
+    x = logits.astype(np.float64)
+    recent = list(accepted)[-s.repeat_last_n :] if s.repeat_last_n > 0 else list(accepted) if s.repeat_last_n else []
+    for token in set(recent):
+        x[token] = x[token] / s.repeat_penalty if x[token] > 0 else x[token] * s.repeat_penalty
+        x[token] -= s.presence_penalty + s.frequency_penalty * recent.count(token)
+    order = np.lexsort((np.arange(len(x)), -x))[: s.top_k if s.top_k > 0 else len(x)]
+    p = np.exp(x[order] - x[order[0]])
+    p /= p.sum()
+    n = len(p) if s.top_p >= 1 else int(np.searchsorted(np.cumsum(p), s.top_p)) + 1
+    order, p = order[:n], p[:n]
+    order = order[p >= s.min_p * p[0]]
+    weights = np.exp((x[order] - x[order[0]]) / s.temp)
+    out = np.zeros(len(x))
+    out[order] = weights / weights.sum()
+    return out
+
+
+@pytest.fixture
+def logits(model: kvmix.Model) -> np.ndarray:
+    return np.random.default_rng(5).normal(0, 2.5, model.info.n_vocab).astype(np.float32)
+
+
+SAMPLINGS = {
+    "plain": OFF,
+    "temp": replace(OFF, temp=0.5),
+    "hot": replace(OFF, temp=3.0),
+    "top-k": replace(OFF, top_k=7),
+    "top-k-1": replace(OFF, top_k=1),
+    "top-p": replace(OFF, top_p=0.6),
+    "top-p-small": replace(OFF, top_p=1e-6),
+    "min-p": replace(OFF, min_p=0.1),
+    "min-p-1": replace(OFF, min_p=1.0),
+    "defaults": Sampling(),
+    "repeat": replace(OFF, repeat_penalty=1.7, top_k=20),
+    "presence": replace(OFF, presence_penalty=1.5, top_k=20),
+    "frequency": replace(OFF, frequency_penalty=0.4, top_k=20, repeat_last_n=-1),
+    "last-3": replace(OFF, repeat_penalty=1.7, frequency_penalty=0.5, top_k=20, repeat_last_n=3),
+    "last-0": replace(OFF, repeat_penalty=1.7, top_k=20, repeat_last_n=0),
+    "all": Sampling(temp=1.3, top_k=30, top_p=0.9, min_p=0.02, repeat_penalty=1.2, presence_penalty=0.3),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_draws_follow_the_distribution(model: kvmix.Model, logits: np.ndarray, name: str) -> None:
+    best = np.argsort(-logits)
+    worst = int(np.argsort(logits)[0])  # a negative logit is multiplied by the repeat penalty
+    accepted = [int(i) for i in (best[4], best[0], best[0], best[1], best[2], worst, best[1])]
+    p, n = distribution(logits, SAMPLINGS[name], accepted), 40_000
+    counts = np.bincount(draw(model, logits, n, SAMPLINGS[name], accepted), minlength=len(p))
+    assert not counts[p == 0].any()  # nothing outside the support
+    assert counts[p > 20 / n].all()  # all of it: missing one has a chance of e^-20
+    often = p > 10 / n
+    observed, mean = np.append(counts[often], counts[~often].sum()), np.append(p[often], p[~often].sum()) * n
+    chi2, freedom = (np.square(observed - mean) / np.maximum(mean, 1)).sum(), len(mean) - 1
+    assert chi2 <= freedom + 6 * np.sqrt(2 * max(freedom, 1))  # six standard deviations
+
+
+def test_a_seed_gives_the_same_draws_and_another_others(model: kvmix.Model, logits: np.ndarray) -> None:
+    draws = [draw(model, logits, 200, replace(OFF, seed=seed)) for seed in (3, 3, 4, 2**64 - 1)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2] != draws[3] != draws[0]
+
+
+@pytest.mark.parametrize("temp", [0.0, -1.0])
+def test_greedy_takes_the_lowest_id_of_equals(model: kvmix.Model, logits: np.ndarray, temp: float) -> None:
+    logits[[200, 17, 90]] = 50.0
+    assert draw(model, logits, 3, replace(OFF, temp=temp)) == [17] * 3
+
+
+def test_top_k_takes_the_lowest_ids_of_equals(model: kvmix.Model) -> None:
+    flat = np.zeros(model.info.n_vocab, np.float32)
+    assert set(draw(model, flat, 500, replace(OFF, top_k=3))) == {0, 1, 2}
+
+
+def test_greedy_is_penalized_too(model: kvmix.Model, logits: np.ndarray) -> None:
+    best, second = (int(i) for i in np.argsort(-logits)[:2])
+    sampling = replace(OFF, temp=0.0, presence_penalty=float(logits[best] - logits[second]) + 0.01)
+    assert draw(model, logits, 1, sampling) == [best]
+    assert draw(model, logits, 1, sampling, [best]) == [second]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_a_logit_that_is_not_finite_is_named(
+    model: kvmix.Model, logits: np.ndarray, value: float, temp: float
+) -> None:
+    logits[123] = value
+    with pytest.raises(kvmix.StateError, match="the logit of token 123 is not finite"):
+        draw(model, logits, 1, replace(OFF, temp=temp))
+
+
+BAD_SAMPLINGS = [
+    {"temp": np.nan}, {"temp": np.inf}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": np.nan},
+    {"repeat_penalty": 0.0}, {"repeat_penalty": np.inf}, {"presence_penalty": np.nan}, {"repeat_last_n": -2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_SAMPLINGS, ids=str)
+def test_a_bad_sampling_is_refused(model: kvmix.Model, bad: dict[str, Any]) -> None:
+    with pytest.raises(kvmix.ArgumentError):
+        _native.sampler_open(model.handle, asdict(replace(OFF, **bad)))
