@@ -107,6 +107,7 @@ typedef struct {
 typedef struct {
     int32_t view, page;
     int32_t first, n_valid; /* positions of the page to encode: [first, n_valid); before `first` are sinks */
+    bool store_only;        /* the packed page is there, shared and read by others: fill the sequence's store alone */
 } kvm_pack_job;
 
 typedef struct {

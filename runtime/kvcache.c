@@ -46,7 +46,7 @@ typedef struct {
 } sequence;
 
 typedef struct { /* what begin() did to one sequence in one group */
-    int32_t old_n_pages, replaced; /* page id of the open page that was copied, -1 = none */
+    int32_t old_n_pages, old_fill, replaced; /* replaced: page id of the open page that was copied, -1 = none */
 } journal_entry;
 
 struct kvm_cache {
@@ -181,7 +181,8 @@ static void size_group(const kvm_cache *cache, const group *g, int32_t *n_f16, i
     int32_t window = kvm_min(cache->layout.window, s->n_ctx);
     int32_t held = kvm_ceil_div(window, KVM_PAGE) + 2; /* a checkpoint holds no page to rewind into */
     *n_f16 = kvm_min(all, cache->n_slots * held - s->n_checkpoint + batch);
-    *n_packed = g->span > 0 ? all : cache->max_pages;
+    /* besides the context: a checkpoint may be the last to list the page it ends in, and strict mode packs open pages */
+    *n_packed = g->span > 0 ? all : cache->max_pages + s->n_checkpoint + (s->strict ? s->n_seq - 1 : 0);
 }
 
 static bool open_group(kvm_cache *cache, int32_t index) {
@@ -338,8 +339,10 @@ int32_t kvm_cache_length(const kvm_cache *cache, int32_t seq) { return cache->se
 const int32_t *kvm_cache_tokens(const kvm_cache *cache, int32_t seq) { return cache->sequences[seq].tokens; }
 
 /* bytes that the next row of a sequence would read of a group, and values: each page once, whoever reads it too */
-static void count_reads(const kvm_cache *cache, group *g, const page_list *list, int32_t length, kvm_cache_usage *out) {
-    int32_t cut = cut_of(cache, g, length) / KVM_PAGE;
+static void count_reads(const kvm_cache *cache, int32_t g_index, const sequence *seq, kvm_cache_usage *out) {
+    group *g = &cache->groups[g_index];
+    const page_list *list = &seq->lists[g_index];
+    int32_t cut = cut_of(cache, g, seq->length) / KVM_PAGE;
     for (int32_t p = list->first_page; p < list->n_pages; p++) {
         page *it = &g->pages[list->pages[p]];
         if (!it->counted_f16 && !it->counted_packed) out->n_values += (uint64_t)it->fill * (g->f16_value_bytes / 2);
@@ -348,7 +351,7 @@ static void count_reads(const kvm_cache *cache, group *g, const page_list *list,
         if (!*counted) out->read_bytes += packed ? g->packed_bytes : (uint64_t)it->fill * g->f16_value_bytes;
         *counted = true;
     }
-    if (cut > 0) out->read_bytes += g->store_bytes;
+    if (cut > 0 && seq->frozen) out->read_bytes += g->store_bytes;
 }
 
 kvm_cache_usage kvm_cache_get_usage(kvm_cache *cache) {
@@ -365,7 +368,7 @@ kvm_cache_usage kvm_cache_get_usage(kvm_cache *cache) {
         for (int32_t s = 0; s < cache->n_slots; s++) {
             const sequence *seq = &cache->sequences[s];
             if (g->packs && seq->frozen) out.held_bytes += g->store_bytes;
-            if (s < cache->sizes.n_seq) count_reads(cache, g, &seq->lists[i], seq->length, &out);
+            if (s < cache->sizes.n_seq) count_reads(cache, i, seq, &out);
         }
     }
     return out;
@@ -416,6 +419,7 @@ static kvmix_status extend(kvm_cache *cache, int32_t view, int32_t g_index) {
     if (used > 0) {
         int32_t *open = &list->pages[list->n_pages - 1];
         page *p = &g->pages[*open];
+        entry->old_fill = p->fill;
         if (p->fill > used && p->refs > 1) {
             int32_t copy = new_page(g, used);
             if (copy < 0) return pool_full(cache, g_index, "f16", cache->n_f16[g_index]);
@@ -451,7 +455,8 @@ static kvmix_status plan_packs(kvm_cache *cache, int32_t view, int32_t g_index) 
         int32_t n_valid = kvm_min(KVM_PAGE, end - p * KVM_PAGE);
         int32_t first = p == 0 ? kvm_min(cache->layout.sink, n_valid) : 0;
         g->is_new[g->plan.n_packs] = is_new;
-        g->packs_list[g->plan.n_packs++] = (kvm_pack_job){.view = view, .page = p, .first = first, .n_valid = n_valid};
+        g->packs_list[g->plan.n_packs++] = (kvm_pack_job){.view = view, .page = p, .first = first, .n_valid = n_valid,
+                                                          .store_only = !is_new && !again};
     }
     return KVMIX_OK;
 }
@@ -560,7 +565,7 @@ void kvm_cache_abort(kvm_cache *cache) {
                 release(g, *open, true);
                 *open = entry->replaced;
             } else {
-                g->pages[*open].fill = seq->length % KVM_PAGE;
+                g->pages[*open].fill = entry->old_fill;
             }
         }
     }

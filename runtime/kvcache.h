@@ -20,7 +20,7 @@
  *  7. A checkpoint is a prefix of its sequence: shortening the sequence below it drops it.
  *  8. begin() changes nothing that abort() does not undo; lengths and tokens change in commit() alone.
  *  9. Sinks and the frozen balance are a function of page 0, but stand in each sequence's store. A sequence whose cut
- *     passes page 0 packs it even if a sharer's packed form is there: the same bytes again, and its own store.
+ *     passes page 0 after a sharer packed it gets a job for its store alone.
  */
 #ifndef KVM_KVCACHE_H
 #define KVM_KVCACHE_H

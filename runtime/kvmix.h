@@ -160,8 +160,8 @@ KVMIX_API kvmix_status kvmix_logits(const float **out, const kvmix_session *sess
  * answered before anything is evaluated or dropped. */
 KVMIX_API kvmix_status kvmix_sync(kvmix_session *session, int32_t seq, const int32_t *tokens, int32_t n_tokens,
                                   int32_t *n_held);
-/* Shortens a sequence to n_tokens. Exact for the last 128 tokens; further back it goes to the nearest checkpoint at
- * or below n_tokens, or to 0: *n_held says where it stands, and kvmix_sync() restores the rest. */
+/* Shortens a sequence to n_tokens. Exact for the last 128 tokens before the longest it has been; further back it goes
+ * to the nearest checkpoint at or below n_tokens, or to 0: *n_held says where it stands, kvmix_sync() restores the rest. */
 KVMIX_API kvmix_status kvmix_truncate(kvmix_session *session, int32_t seq, int32_t n_tokens, int32_t *n_held);
 /* Makes dst a copy of src that shares its pages. */
 KVMIX_API kvmix_status kvmix_fork(kvmix_session *session, int32_t src, int32_t dst);

@@ -254,7 +254,7 @@ kvmix_status kvm_recipe_resolve(kvm_recipe *out, const kvm_gguf *file, int32_t n
     KVM_TRY(resolve_int(file, "kvmix.sink", options->sink, KVM_SINK_MAX, use_file, &out->sink));
     if (options->balance_page >= 0) {
         out->balance_page = options->balance_page != 0;
-    } else if (use_file) {
+    } else if (use_file && options->kv == NULL) { /* it belongs to the types */
         kvm_text text;
         bool found;
         KVM_TRY(kvm_gguf_get_text(file, "kvmix.balance", &text, &found));

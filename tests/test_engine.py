@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": SMALL | {"arch": "qwen2", "k_bias": 20.0, "rope_base": 1e6},
     "qwen2-tied-gqa7": SMALL | {"arch": "qwen2", "k_bias": 5.0, "tied": True, "n_head": 7, "n_head_kv": 1},
     "qwen2-d128": SMALL | {"arch": "qwen2", "k_bias": 20.0, "head_dim": 128, "n_head": 2},
-    "qwen2-d256": SMALL | {"arch": "qwen2", "k_bias": 5.0, "head_dim": 256, "n_head": 2},
+    "qwen2-d256": SMALL | {"arch": "qwen2", "k_bias": 5.0, "head_dim": 256, "n_head": 2, "n_head_kv": 1},
 }
 
 # The engine computes in f32, the reference in f64: keys and values that lie on the edge between two f16 numbers are
@@ -194,12 +194,14 @@ def test_windows_sinks_and_balances(make: Callable[..., Path], window: int, sink
 @pytest.mark.parametrize("balance_page", [0, 1])
 @pytest.mark.parametrize("sink", [0, 4, 16, 64])
 @pytest.mark.parametrize("window", [0, 100, 128])
-@pytest.mark.parametrize("kv", RECIPES)
+@pytest.mark.parametrize("kv", [kv for kv in RECIPES if "," not in kv])
 def test_everything_with_everything(
     make: Callable[..., Path], kv: str, window: int, sink: int, balance_page: int
 ) -> None:
+    """In one layer: the codes that moved in a first one move others in a second."""
     for kernels in KERNELS:
-        assert_packed_agrees(make("qwen2-d128"), kernels, kv, window=window, sink=sink, balance_page=balance_page)
+        options = {"window": window, "sink": sink, "balance_page": balance_page}
+        assert_packed_agrees(make("qwen2-d128", n_layer=1), kernels, kv, **options)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -227,10 +229,20 @@ def test_the_cut_moves_at_the_row_that_the_window_says(
     right = expected(path, n_tokens, kv, window=window)
     assert nmse(expected(path, n_tokens, "kf16vf16")[: 128 + window], got[: 128 + window]) <= F16_CACHE
     for row, other in ((128 + window, window + 128), (255 + window, window - 1), (256 + window, window + 128)):
-        if not 0 <= other or row >= n_tokens:
+        if other < 0 or row >= n_tokens:
             continue
         wrong = expected(path, n_tokens, kv, window=other)  # the cut of this row is one page off
         assert row_errors(got[row], right[row]) < 0.01 * row_errors(got[row], wrong[row])
+
+
+def test_a_long_sequence_agrees_with_the_reference(make: Callable[..., Path]) -> None:
+    """More than 1024 positions: attention runs over eight pages at a time and joins what they give."""
+    path, n_tokens = make(n_layer=1), 1400
+    want, exact = (expected(path, n_tokens, kv, window=100) for kv in ("k4v3", "kf16vf16"))
+    for batches in ([512, 512, 376], [512, 500, 188] + [8] * 25):
+        options: dict[str, Any] = {"n_ctx": 2048, "window": 100, "n_threads": 2}
+        assert nmse(exact, feed(open_session(path, kv="f16", **options), random_ids(n_tokens), batches)) <= F16_CACHE
+        assert_agrees(feed(open_session(path, kv="k4v3", **options), random_ids(n_tokens), batches), want, exact)
 
 
 # ---- bit for bit ----------------------------------------------------------------------------------------------------
@@ -363,8 +375,12 @@ def test_logits_that_are_not_finite_are_an_error(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kv", ["f16", "k4v3"])
-def test_perplexity_of_a_real_model(smollm2: Path, shared: Path, capsys: pytest.CaptureFixture[str], kv: str) -> None:
+@pytest.mark.parametrize(("kv", "within"), [("f16", 2e-4), ("k4v3", 1e-3)])
+def test_perplexity_of_a_real_model(
+    smollm2: Path, shared: Path, capsys: pytest.CaptureFixture[str], kv: str, within: float
+) -> None:
+    """A last bit of a key moves some codes by a step: that re-rolls a packed cache's perplexity by some 2e-4, between
+    the scalar and the AVX2 kernels, or the reference in f32 and f64, just as well. The bound is five times that."""
     text = shared / "text" / "books.test.txt"
     args = [str(smollm2), str(text), "-c", "512", "--chunks", "2", "--act", "f32", "--kv", kv, "--json"]
     assert perplexity_main(args) == 0
@@ -373,4 +389,4 @@ def test_perplexity_of_a_real_model(smollm2: Path, shared: Path, capsys: pytest.
     ids = kvmix.Model(smollm2).tokenize(text.read_text())[:1024]
     recipe = pairs("kf16vf16" if kv == "f16" else kv, model.hyper.n_layer)
     want = reference.perplexity(model, ids, 512, reference.Setting(recipe, CacheOptions()))
-    assert got["ppl"] == pytest.approx(want.ppl, rel=2e-4)
+    assert got["ppl"] == pytest.approx(want.ppl, rel=within)

@@ -1,10 +1,9 @@
-"""What kvmix.h promises of sessions - sequences, forks, rewinds, memory -, of recipes and of samplers."""
+"""What kvmix.h promises of sessions: the same answer whatever the way there, failures that change nothing, bytes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 import kvmix
 import tiny
-from kvmix import Row, Sampling, _native
+from kvmix import Row, _native
 from ref.codec import KVTYPES, Side, nmse, physical_bits
 
 PAGE = 128
@@ -103,6 +102,21 @@ def test_a_fork_and_its_source_go_their_own_ways(model: kvmix.Model, recipe: dic
 
 
 @recipes
+def test_a_fork_of_a_session_that_was_rewound_into_its_first_page(model: kvmix.Model, recipe: dict[str, Any]) -> None:
+    """Sinks and balance of the new first page replace the old ones, in the fork too, whoever packs the page."""
+    session, ids = open_session(model, **recipe), random_ids(400)
+    session.sync(ids[:300])
+    session.rewind(100)
+    other = ids[:100] + ids[:60]
+    session.sync(other)
+    fork = session.fork()
+    session.sync(other + ids[:240])
+    fork.sync(other + ids[100:340])
+    assert_is_whole(session, other + ids[:240], **recipe)
+    assert_is_whole(fork, other + ids[100:340], **recipe)
+
+
+@recipes
 def test_forks_of_one_open_page_copy_it(model: kvmix.Model, recipe: dict[str, Any]) -> None:
     """In one batch: the source stays, one fork takes the page over, the others must not write into it."""
     ids = random_ids(200)
@@ -145,10 +159,29 @@ def test_a_rewind_to_a_checkpoint_goes_on_as_if_nothing_had_been(
     assert_is_whole(session, ids, **recipe)
 
 
+@pytest.mark.parametrize("kv", ["f16", "k4v3"])
+@pytest.mark.parametrize("window", [0, 100, 128])
+@pytest.mark.parametrize("n_checkpoint", [0, 1, 4])
+def test_a_sequence_fills_the_context_whatever_was_rewound(
+    model: kvmix.Model, kv: str, window: int, n_checkpoint: int
+) -> None:
+    """Every return to a checkpoint leaves it a page of its own: pages that the context must not lack."""
+    session = open_session(model, kv=kv, window=window, n_checkpoint=n_checkpoint, n_seq_max=1)
+    ids: list[int] = []
+    for seed, at in enumerate((300, 450, 600, 700)):
+        ids += random_ids(at - len(ids), seed)
+        session.sync(ids)
+        session.checkpoint()
+        session.sync(ids + random_ids(1024 - at, 50 + seed))
+        session.rewind(at)
+    session.sync(ids + random_ids(1024 - len(ids)))
+    assert session.length == 1024
+
+
 def walk(model: kvmix.Model, recipe: dict[str, Any], n_steps: int, seed: int) -> None:
     """Sessions under random calls, beside the lists of tokens that they should hold."""
     rng = np.random.default_rng(seed)
-    first = open_session(model, n_seq_max=3, n_batch=100, **recipe)
+    first = open_session(model, n_ctx=2048, n_seq_max=3, n_batch=100, **recipe)
     held: dict[kvmix.Session, list[int]] = {first: random_ids(150)}
     first.sync(held[first])
 
@@ -368,22 +401,25 @@ def test_a_page_has_the_bits_of_its_types(model: kvmix.Model, k: str, v: str, ba
 
 @pytest.mark.parametrize("n_tokens", [1, 100, 255, 256, 300, 384, 1000, 1500])
 @pytest.mark.parametrize(("kv", "window", "sink"), [("f16", 128, 16), ("k4v3", 128, 16), ("k2v2", 0, 4)])
-def test_bits_are_the_bytes_in_use(model: kvmix.Model, kv: str, window: int, sink: int, n_tokens: int) -> None:
+def test_bits_are_bytes(model: kvmix.Model, kv: str, window: int, sink: int, n_tokens: int) -> None:
+    """In use: f16 pages from one before the cut on, for a rewind; packed pages, and with the first of them the sinks
+    and the frozen balance. Read by the next token: of each page one form, packed below the cut."""
     session = open_session(model, n_ctx=1500, kv=kv, window=window, sink=sink)
     assert session.stats.bits_now == 0 and session.stats.kv_used_bytes == 0
     session.sync(random_ids(n_tokens))
     n_packed = 0 if kv == "f16" else max(0, n_tokens - 1 - window) // PAGE
-    n_dropped = 0 if kv == "f16" else max(0, max(0, n_tokens - window) // PAGE - 1)  # one page back for a rewind
-    used = n_values = 0
+    n_dropped = 0 if kv == "f16" else max(0, max(0, n_tokens - window) // PAGE - 1)
+    used = read = n_values = 0
     for layer in session.layers:
         values = layer.n_head_kv * (layer.d_k + layer.d_v)  # of a token
-        used += 2 * values * (n_tokens - n_dropped * PAGE) + n_packed * layer.page_bytes
-        if n_packed > 0:
-            used += 2 * values * sink + 2 * layer.n_head_kv * layer.d_k  # and the frozen balance
+        store = 2 * values * sink + 2 * layer.n_head_kv * layer.d_k if n_packed > 0 else 0
+        packed = store + n_packed * layer.page_bytes
+        used += packed + 2 * values * (n_tokens - n_dropped * PAGE)
+        read += packed + 2 * values * (n_tokens - n_packed * PAGE)
         n_values += values * n_tokens
     stats = session.stats
     assert stats.kv_used_bytes == used <= stats.kv_bytes
-    assert stats.bits_now == 8 * used / n_values
+    assert stats.bits_now == 8 * read / n_values
     if n_packed == 0:
         assert stats.bits_now == 16.0
     if n_tokens == stats.n_ctx:
@@ -411,290 +447,3 @@ def test_shared_pages_count_once(model: kvmix.Model) -> None:
     assert shared < 0.05 * before.kv_used_bytes  # its own sinks and balance
     fork.close()
     assert session.stats == before
-
-
-# ---- recipes --------------------------------------------------------------------------------------------------------
-
-N_LAYER = 4
-ARRAYS = {"kvmix.version": 1, "kvmix.k_type": ["q8", "q4", "q4", "q4"], "kvmix.v_type": ["q3"] * N_LAYER}
-K8V3 = [("q8", "q3")] + [("q4", "q3")] * 3
-
-
-@pytest.fixture(scope="module")
-def with_keys(folder: Path) -> Callable[[dict[str, Any]], kvmix.Model]:
-    """A model whose file has these keys."""
-    count = iter(range(10**6))
-
-    def write(keys: dict[str, Any]) -> kvmix.Model:
-        path = folder / f"keys-{next(count)}.gguf"
-        small = {"n_embd": 64, "n_head": 1, "n_head_kv": 1, "n_ff": 64}
-        return kvmix.Model(tiny.write_model(path, n_layer=N_LAYER, extra_keys=keys, **small).path)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def plain(with_keys: Callable[[dict[str, Any]], kvmix.Model]) -> kvmix.Model:
-    return with_keys({})
-
-
-def types(session: kvmix.Session) -> list[tuple[str, str]]:
-    return [(layer.k_type, layer.v_type) for layer in session.layers]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("k4v3", [("q4", "q3")] * 4),
-        ("f16", [("f16", "f16")] * 4),
-        ("q8", [("q8", "q8")] * 4),
-        ("q4_0", [("q4", "q4")] * 4),
-        ("kf16v2", [("f16", "q2")] * 4),
-        ("k4v3,0-1:k8v4", [("q8", "q4")] * 2 + [("q4", "q3")] * 2),
-        ("k4v3;3:f16", [("q4", "q3")] * 3 + [("f16", "f16")]),
-        (" k4 v3 , 0 - 2 : k8v8 ; 1 : k2v2 ", [("q8", "q8"), ("q2", "q2"), ("q8", "q8"), ("q4", "q3")]),
-    ],
-)
-def test_a_recipe_is_read_and_written(plain: kvmix.Model, text: str, expected: list[tuple[str, str]]) -> None:
-    session = plain.session(kv=text)
-    assert types(session) == expected
-    assert session.stats.recipe_source == "--kv"
-    assert types(plain.session(kv=session.stats.recipe)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "no KV type"),
-        ("k4", "'v' is missing"),
-        ("kv3", "a number of bits is missing"),
-        ("k5v3", "no type of 5 bits; the types are f16 q8 q4 q3 q2"),
-        ("k16v3", "no type of 16 bits"),
-        ("kf8v3", "no type of float 8 bits"),
-        ("q9", "'q9' is no KV type"),
-        ("k4v3,", "a layer number is missing"),
-        ("k4v3,0", "':' is missing"),
-        ("k4v3,0-:k8v8", "the last layer of a range is missing"),
-        ("k4v3,4:k8v8", "layers 4-4 do not fit a model of 4 layers"),
-        ("k4v3,0-99999999999:k8v8", "do not fit a model of 4 layers"),
-        ("k4v3,2-1:k8v8", "layers 2-1 do not fit"),
-        ("k4v3 k8v8", "text is left over"),
-        ("k4v3\n", "text is left over"),
-        ("K4V3", "no KV type"),
-    ],
-)
-def test_a_bad_recipe_is_told_what_is_wrong(plain: kvmix.Model, text: str, sentence: str) -> None:
-    with pytest.raises(kvmix.ArgumentError, match=sentence):
-        plain.session(kv=text)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected", "source"),
-    [
-        ({}, K8V3, "file"),
-        ({"kv_default": "k2v2"}, K8V3, "file"),
-        ({"kv": "k3v3", "kv_default": "k2v2"}, [("q3", "q3")] * 4, "--kv"),
-        ({"k_type": "q2"}, [("q2", "q3")] * 4, "-ctk/-ctv"),
-        ({"v_type": "q8_0"}, [("q8", "q8")] + [("q4", "q8")] * 3, "-ctk/-ctv"),
-        ({"kv": "k3v3", "v_type": "f16"}, [("q3", "f16")] * 4, "-ctk/-ctv"),
-    ],
-)
-def test_who_decides(with_keys: Callable, options: dict[str, str], expected: list, source: str) -> None:
-    session = with_keys(ARRAYS).session(**options)
-    assert (types(session), session.stats.recipe_source) == (expected, source)
-
-
-def test_a_file_without_a_recipe_gets_the_catalogs_else_the_default(plain: kvmix.Model) -> None:
-    for options, expected, source in (({"kv_default": "k3v2"}, ("q3", "q2"), "catalog"), ({}, ("q4", "q3"), "default")):
-        stats = plain.session(**options).stats
-        assert (stats.recipe_source, stats.window, stats.sink) == (source, 128, 16)
-        assert types(plain.session(**options)) == [expected] * 4
-
-
-def test_window_and_sink_come_apart_from_the_types(with_keys: Callable) -> None:
-    model = with_keys(ARRAYS | {"kvmix.window": 256, "kvmix.sink": 4, "kvmix.balance": "page"})
-
-    def resolved(**options: Any) -> tuple[int, int]:
-        stats = model.session(**options).stats
-        return stats.window, stats.sink
-
-    assert resolved() == (256, 4)
-    assert resolved(kv="k2v2") == (256, 4)
-    assert resolved(window=0) == (0, 4)
-    assert resolved(sink=0) == (256, 0)
-    frozen, page = (model.session(kv="k4v3", balance_page=b).layers[0].page_bytes for b in (0, 1))
-    assert model.session(kv="k4v3").layers[0].page_bytes == page > frozen
-
-
-@pytest.mark.parametrize(
-    ("keys", "error", "sentence", "has_a_way_out"),
-    [
-        ({"kvmix.version": 2}, kvmix.Unsupported, r"kvmix.version is 2, this build knows 1; run with --kv", True),
-        ({"kvmix.k_type": ["q4"] * 3}, kvmix.FormatError, r"kvmix.k_type has 3 entries for 4 layers; run with --kv", True),
-        ({"kvmix.v_type": ["q4"] * 5}, kvmix.FormatError, r"kvmix.v_type has 5 entries for 4 layers", True),
-        ({"kvmix.v_type": ["q3"] * 3 + ["q7"]}, kvmix.FormatError, r"kvmix.v_type: 'q7' is no KV type; there are f16", True),
-        ({"kvmix.recipe": "k4v4"}, kvmix.FormatError, r"kvmix.recipe says other types than kvmix.k_type", True),
-        ({"kvmix.recipe": "nonsense"}, kvmix.FormatError, r"kvmix.recipe says other types", True),
-        ({"kvmix.k_type": 4}, kvmix.FormatError, r"kvmix.k_type", True),
-        ({"kvmix.version": "1"}, kvmix.FormatError, r"kvmix.version", False),
-        ({"kvmix.sink": 65}, kvmix.FormatError, r"kvmix.sink", False),
-        ({"kvmix.balance": "maybe"}, kvmix.FormatError, r"kvmix.balance is neither 'frozen' nor 'page'", False),
-    ],
-)
-def test_a_files_recipe_that_does_not_fit_is_refused_by_name(
-    with_keys: Callable, keys: dict[str, Any], error: type[Exception], sentence: str, has_a_way_out: bool
-) -> None:
-    model = with_keys(ARRAYS | keys)
-    with pytest.raises(error, match=sentence):
-        model.session()
-    with pytest.raises(error, match=sentence):
-        model.plan()
-    if has_a_way_out:
-        assert types(model.session(kv="k4v4")) == [("q4", "q4")] * 4
-
-
-def test_a_recipe_lacks_a_side(with_keys: Callable) -> None:
-    with pytest.raises(kvmix.FormatError, match="kvmix.version is there but kvmix.v_type is not"):
-        with_keys({"kvmix.version": 1, "kvmix.k_type": ["q4"] * 4}).session()
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"k_type": "int4"}, "-ctk: 'int4' is no KV type; there are f16 q8 q4 q3 q2"),
-        ({"v_type": ""}, "-ctv: '' is no KV type"),
-        ({"sink": 65}, "sink 65 is out of range; it takes 0 to 64"),
-        ({"window": -2}, "window -2 is out of range"),
-        ({"strict": True, "n_batch": 100}, "n_batch 100 is not a multiple of 128"),
-    ],
-)
-def test_a_bad_option_is_named(plain: kvmix.Model, options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(kvmix.ArgumentError, match=sentence):
-        plain.session(**options)
-
-
-# ---- sampling -------------------------------------------------------------------------------------------------------
-
-OFF = Sampling(temp=1.0, top_k=0, top_p=1.0, min_p=0.0)
-
-
-def draw(model: kvmix.Model, logits: np.ndarray, n: int, sampling: Sampling, accepted: Sequence[int] = ()) -> list[int]:
-    """n tokens from the same logits [n_vocab] f32."""
-    sampler = _native.sampler_open(model.handle, asdict(sampling))
-    token, values = _native._ffi.new("int32_t *"), _native._ffi.from_buffer("float[]", logits)
-    try:
-        for id_ in accepted:
-            _native.sampler_accept(sampler, id_)
-        return [draw_one(sampler, values, token) for _ in range(n)]
-    finally:
-        _native.sampler_close(sampler)
-
-
-def draw_one(sampler: Any, values: Any, token: Any) -> int:
-    _native.check(_native._lib.kvmix_sample(sampler, values, token))
-    return int(token[0])
-
-
-def distribution(logits: np.ndarray, s: Sampling, accepted: Sequence[int] = ()) -> np.ndarray:
-    """llama.cpp's chain in f64: penalties, top-k, top-p, min-p, temperature -> [n_vocab]."""
-    x = logits.astype(np.float64)
-    recent = list(accepted)[-s.repeat_last_n :] if s.repeat_last_n > 0 else list(accepted) if s.repeat_last_n else []
-    for token in set(recent):
-        x[token] = x[token] / s.repeat_penalty if x[token] > 0 else x[token] * s.repeat_penalty
-        x[token] -= s.presence_penalty + s.frequency_penalty * recent.count(token)
-    order = np.lexsort((np.arange(len(x)), -x))[: s.top_k if s.top_k > 0 else len(x)]
-    p = np.exp(x[order] - x[order[0]])
-    p /= p.sum()
-    n = len(p) if s.top_p >= 1 else int(np.searchsorted(np.cumsum(p), s.top_p)) + 1
-    order, p = order[:n], p[:n]
-    order = order[p >= s.min_p * p[0]]
-    weights = np.exp((x[order] - x[order[0]]) / s.temp)
-    out = np.zeros(len(x))
-    out[order] = weights / weights.sum()
-    return out
-
-
-@pytest.fixture
-def logits(model: kvmix.Model) -> np.ndarray:
-    return np.random.default_rng(5).normal(0, 2.5, model.info.n_vocab).astype(np.float32)
-
-
-SAMPLINGS = {
-    "plain": OFF,
-    "temp": replace(OFF, temp=0.5),
-    "hot": replace(OFF, temp=3.0),
-    "top-k": replace(OFF, top_k=7),
-    "top-k-1": replace(OFF, top_k=1),
-    "top-p": replace(OFF, top_p=0.6),
-    "top-p-small": replace(OFF, top_p=1e-6),
-    "min-p": replace(OFF, min_p=0.1),
-    "min-p-1": replace(OFF, min_p=1.0),
-    "defaults": Sampling(),
-    "repeat": replace(OFF, repeat_penalty=1.7, top_k=20),
-    "presence": replace(OFF, presence_penalty=1.5, top_k=20),
-    "frequency": replace(OFF, frequency_penalty=0.4, top_k=20, repeat_last_n=-1),
-    "last-3": replace(OFF, repeat_penalty=1.7, frequency_penalty=0.5, top_k=20, repeat_last_n=3),
-    "last-0": replace(OFF, repeat_penalty=1.7, top_k=20, repeat_last_n=0),
-    "all": Sampling(temp=1.3, top_k=30, top_p=0.9, min_p=0.02, repeat_penalty=1.2, presence_penalty=0.3),
-}
-
-
-@pytest.mark.parametrize("name", SAMPLINGS)
-def test_draws_follow_the_distribution(model: kvmix.Model, logits: np.ndarray, name: str) -> None:
-    best = np.argsort(-logits)
-    worst = int(np.argsort(logits)[0])  # a negative logit is multiplied by the repeat penalty
-    accepted = [int(i) for i in (best[4], best[0], best[0], best[1], best[2], worst, best[1])]
-    p, n = distribution(logits, SAMPLINGS[name], accepted), 40_000
-    counts = np.bincount(draw(model, logits, n, SAMPLINGS[name], accepted), minlength=len(p))
-    assert not counts[p == 0].any()  # nothing outside the support
-    assert counts[p > 20 / n].all()  # all of it: missing one has a chance of e^-20
-    often = p > 10 / n
-    observed, mean = np.append(counts[often], counts[~often].sum()), np.append(p[often], p[~often].sum()) * n
-    chi2, freedom = (np.square(observed - mean) / np.maximum(mean, 1)).sum(), len(mean) - 1
-    assert chi2 <= freedom + 6 * np.sqrt(2 * max(freedom, 1))  # six standard deviations
-
-
-def test_a_seed_gives_the_same_draws_and_another_others(model: kvmix.Model, logits: np.ndarray) -> None:
-    draws = [draw(model, logits, 200, replace(OFF, seed=seed)) for seed in (3, 3, 4, 2**64 - 1)]
-    assert draws[0] == draws[1]
-    assert draws[0] != draws[2] != draws[3] != draws[0]
-
-
-@pytest.mark.parametrize("temp", [0.0, -1.0])
-def test_greedy_takes_the_lowest_id_of_equals(model: kvmix.Model, logits: np.ndarray, temp: float) -> None:
-    logits[[200, 17, 90]] = 50.0
-    assert draw(model, logits, 3, replace(OFF, temp=temp)) == [17] * 3
-
-
-def test_top_k_takes_the_lowest_ids_of_equals(model: kvmix.Model) -> None:
-    flat = np.zeros(model.info.n_vocab, np.float32)
-    assert set(draw(model, flat, 500, replace(OFF, top_k=3))) == {0, 1, 2}
-
-
-def test_greedy_is_penalized_too(model: kvmix.Model, logits: np.ndarray) -> None:
-    best, second = (int(i) for i in np.argsort(-logits)[:2])
-    sampling = replace(OFF, temp=0.0, presence_penalty=float(logits[best] - logits[second]) + 0.01)
-    assert draw(model, logits, 1, sampling) == [best]
-    assert draw(model, logits, 1, sampling, [best]) == [second]
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("temp", [0.0, 1.0])
-def test_a_logit_that_is_not_finite_is_named(
-    model: kvmix.Model, logits: np.ndarray, value: float, temp: float
-) -> None:
-    logits[123] = value
-    with pytest.raises(kvmix.StateError, match="the logit of token 123 is not finite"):
-        draw(model, logits, 1, replace(OFF, temp=temp))
-
-
-BAD_SAMPLINGS = [
-    {"temp": np.nan}, {"temp": np.inf}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": np.nan},
-    {"repeat_penalty": 0.0}, {"repeat_penalty": np.inf}, {"presence_penalty": np.nan}, {"repeat_last_n": -2},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", BAD_SAMPLINGS, ids=str)
-def test_a_bad_sampling_is_refused(model: kvmix.Model, bad: dict[str, Any]) -> None:
-    with pytest.raises(kvmix.ArgumentError):
-        _native.sampler_open(model.handle, asdict(replace(OFF, **bad)))

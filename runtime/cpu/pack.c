@@ -18,8 +18,8 @@ static void keep_sinks(const pack_context *c, const uint16_t *k, const uint16_t 
 }
 
 /* s->k [d][128] -> codes, scales of one side */
-static void write_side(const kvm_cpu_kernels *kernels, kvm_side side, kvm_kvtype type, int32_t d, const kvm_page_layout *layout,
-                       kvm_cpu_scratch *s, uint8_t *out) {
+static void write_side(const kvm_cpu_kernels *kernels, kvm_side side, kvm_kvtype type, int32_t d,
+                       const kvm_page_layout *layout, kvm_cpu_scratch *s, uint8_t *out) {
     kernels->encode(type, s->k, d, s->codes, kvm_cpu_half(out + layout->scales));
     kvm_planes_pack(type, side, s->codes, d, out);
 }
@@ -29,12 +29,14 @@ static void pack_k(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
     const kvm_layer_layout *l = &c->b->cache->layers[c->layer];
     int32_t d = c->b->net->layers[c->layer].d_k;
     if (l->k_type == KVM_KVTYPE_F16) {
-        memcpy(out, f16, (size_t)l->k.total);
+        if (!job->store_only) memcpy(out, f16, (size_t)l->k.total);
         return;
     }
     c->b->kernels->load_f16(kvm_cpu_half(f16), d * KVM_PAGE, s->k);
-    uint16_t balance[KVM_HEAD_DIM_MAX], *mean = kvm_cpu_half(out + l->k.mean);
+    uint16_t balance[KVM_HEAD_DIM_MAX], own_mean[KVM_HEAD_DIM_MAX];
+    uint16_t *mean = job->store_only ? own_mean : kvm_cpu_half(out + l->k.mean);
     if (l->k.balance >= 0) {
+        if (job->store_only) return; /* every page has its balance */
         kvm_precondition_k(s->k, d, job->first, job->n_valid, kvm_cpu_half(f16 + l->f16.q_rms), NULL, mean,
                            kvm_cpu_half(out + l->k.balance));
     } else if (job->page == 0) {
@@ -44,7 +46,7 @@ static void pack_k(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
         kvm_precondition_k(s->k, d, job->first, job->n_valid, NULL, kvm_cpu_half(store + l->store.balance), mean,
                            balance);
     }
-    write_side(c->b->kernels, KVM_SIDE_K, l->k_type, d, &l->k, s, out);
+    if (!job->store_only) write_side(c->b->kernels, KVM_SIDE_K, l->k_type, d, &l->k, s, out);
 }
 
 static void pack_v(const pack_context *c, const kvm_pack_job *job, uint8_t *f16, kvm_cpu_scratch *s, uint8_t *out) {
@@ -78,7 +80,7 @@ static void pack_item(void *context, int32_t item, int32_t thread) {
     uint8_t *store = kvm_cpu_store(b, c->layer, view->store, head);
     if (job->page == 0) keep_sinks(c, kvm_cpu_half(f16), kvm_cpu_half(f16 + l->f16.v), job->first, store);
     pack_k(c, job, f16, store, s, packed);
-    pack_v(c, job, f16, s, packed + l->packed.v);
+    if (!job->store_only) pack_v(c, job, f16, s, packed + l->packed.v);
 }
 
 kvmix_status kvm_cpu_pack(kvm_backend *b, int32_t layer, const kvm_plan *plan) {

@@ -13,7 +13,6 @@ import ctypes
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import kvmix
@@ -49,9 +48,7 @@ class LlamaCpp:
         lib.llama_backend_init()
         self.log = lib.llama_log_callback(lambda level, text, data: None)
         lib.llama_log_set(self.log, ctypes.c_void_p())
-        weights = lib.llama_model_default_params()
-        weights.use_extra_bufts = False
-        self.model = lib.llama_model_load_from_file(path.encode(), weights)
+        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = BATCH
@@ -79,16 +76,12 @@ class LlamaCpp:
             self.n, n = self.n + size, n - size
 
 
-def rate(engine: "Kvmix | LlamaCpp", depth: int, work: Callable[[], None], n: int) -> float:
+def rate(engine: Kvmix | LlamaCpp, kind: str, n: int, depth: int) -> float:
     engine.restart(depth)
     start = time.perf_counter()
-    work()
+    for size in [n] if kind == "pp" else [1] * n:
+        engine.feed(size)
     return n / (time.perf_counter() - start)
-
-
-def one_by_one(engine: "Kvmix | LlamaCpp", n: int) -> None:
-    for _ in range(n):
-        engine.feed(1)
 
 
 def spread(values: list[float]) -> float:
@@ -105,7 +98,7 @@ def main() -> None:
     parser.add_argument("-d", type=int, nargs="*", default=[0])
     parser.add_argument("--pair", nargs="*", default=["f16:f16/f16"], help="kvmix recipe:llama.cpp K/V types")
     args = parser.parse_args()
-    print(f"# {Path(args.model).name}, {args.t} threads, {cpu_name()}, kernels {cpu_kernels()}, medians of {args.r}")
+    print(f"# {Path(args.model).name}, {args.t} threads, {cpu_name()}, {cpu_kernels()} kernels, medians of {args.r}")
     print(f"{'test':<14}{'kvmix':<12}{'llama.cpp':<14}{'t/s':>9}{'t/s':>9}{'ratio':>8}   spread")
     for pair in args.pair:
         recipe, types = pair.split(":")
@@ -113,14 +106,8 @@ def main() -> None:
         ours, theirs = Kvmix(args.model, args.t, n_ctx, recipe), LlamaCpp(args.model, args.t, n_ctx, types)
         for depth in args.d:
             for kind, n in (("pp", args.p), ("tg", args.n)):
-                rates: list[tuple[float, float]] = []
-                for _ in range(args.r):
-                    a, b = (
-                        rate(e, depth, lambda e=e: e.feed(n) if kind == "pp" else one_by_one(e, n), n)
-                        for e in (ours, theirs)
-                    )
-                    rates.append((a, b))
-                a, b = ([pair[i] for pair in rates] for i in (0, 1))
+                rates = [(rate(ours, kind, n, depth), rate(theirs, kind, n, depth)) for _ in range(args.r)]
+                a, b = [x for x, _ in rates], [y for _, y in rates]
                 ratio = statistics.median(x / y for x, y in rates)
                 test = f"{kind}{n}" + (f"@d{depth}" if depth else "")
                 print(
