@@ -105,7 +105,7 @@ def test_a_file_without_a_recipe_gets_the_catalogs_else_the_default(plain: kvmix
         assert types(plain.session(**options)) == [expected] * 4
 
 
-def test_window_and_sink_come_apart_from_the_types(with_keys: Callable) -> None:
+def test_window_and_sink_come_apart_from_the_types_and_the_balance_with_them(with_keys: Callable) -> None:
     model = with_keys(ARRAYS | {"kvmix.window": 256, "kvmix.sink": 4, "kvmix.balance": "page"})
 
     def resolved(**options: Any) -> tuple[int, int]:
@@ -117,7 +117,9 @@ def test_window_and_sink_come_apart_from_the_types(with_keys: Callable) -> None:
     assert resolved(window=0) == (0, 4)
     assert resolved(sink=0) == (256, 0)
     frozen, page = (model.session(kv="k4v3", balance_page=b).layers[0].page_bytes for b in (0, 1))
-    assert model.session(kv="k4v3").layers[0].page_bytes == page > frozen
+    assert page > frozen == model.session(kv="k4v3").layers[0].page_bytes
+    frozen, page = (model.session(balance_page=b).layers[0].page_bytes for b in (0, 1))
+    assert page > frozen and model.session().layers[0].page_bytes == page
 
 
 # (keys beside ARRAYS, error, sentence, whether --kv is the way out)
@@ -132,7 +134,7 @@ BAD_KEYS: list[tuple[dict[str, Any], type[Exception], str, bool]] = [
     ({"kvmix.k_type": 4}, kvmix.FormatError, r"kvmix\.k_type", True),
     ({"kvmix.version": "1"}, kvmix.FormatError, r"kvmix\.version", False),
     ({"kvmix.sink": 65}, kvmix.FormatError, r"kvmix\.sink", False),
-    ({"kvmix.balance": "maybe"}, kvmix.FormatError, r"kvmix\.balance is neither 'frozen' nor 'page'", False),
+    ({"kvmix.balance": "maybe"}, kvmix.FormatError, r"kvmix\.balance is neither 'frozen' nor 'page'; .* --kv", True),
 ]
 
 
