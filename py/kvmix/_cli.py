@@ -10,6 +10,7 @@ import argparse
 import difflib
 import math
 import os
+import signal
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -158,6 +159,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> int:
         note(f"error: {e}")
         return 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not kill the way out
         return 130
     except BrokenPipeError:
         # the interpreter flushes once more at exit
