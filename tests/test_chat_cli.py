@@ -16,7 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
+import kvmix
 import tiny
 from kvmix import _cli, _repl, _terminal, chat
 from kvmix._context import choose_context
@@ -426,9 +428,22 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose answers do not end: the output rows of its end tokens are zero, so their logits are."""
+    path = tiny.write_model(tmp_path_factory.mktemp("talker") / "talker.gguf", n_ctx=100_000).path
+    opened = kvmix.Model(path)
+    ends = [token for token in range(opened.info.n_vocab) if opened.is_end(token)]
+    opened.close()
+    assert ends
+    [output] = [tensor for tensor in GGUFReader(path, "r+").tensors if tensor.name == "output.weight"]
+    output.data[ends] = 0
+    return str(path)
+
+
 @pytest.fixture
-def terminal(model: str, environment: dict[str, str]) -> Iterator[Terminal]:
-    terminal = Terminal(environment, model, "--temp", "0")
+def terminal(talker: str, environment: dict[str, str]) -> Iterator[Terminal]:
+    terminal = Terminal(environment, talker, "--temp", "0")
     terminal.expect(b"/help lists the commands")
     yield terminal
     os.close(terminal.fd)

@@ -10,8 +10,8 @@ import argparse
 import difflib
 import math
 import os
-import signal
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
