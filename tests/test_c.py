@@ -1,5 +1,6 @@
 """The C tests under ASan and UBSan, each executable a test, and the embedding program of the README."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -35,3 +36,13 @@ def test_embed_says_what_is_wrong(c_build: Path, tmp_path: Path) -> None:
     result = run(c_build / "embed", tmp_path / "absent.gguf", "hello")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("IO: ") and "absent.gguf" in result.stderr
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_a_thousand_damaged_models(c_build: Path, tmp_path: Path, arch: str) -> None:
+    """Each is refused with a sentence or runs; all ways of ending must occur, or the mutants test nothing."""
+    model = tiny.write_model(tmp_path / "m.gguf", arch=arch, n_embd=64, n_head=2, n_head_kv=1, n_ff=64)
+    result = run(c_build / "mutate_model", model.path, tmp_path / "mutant.gguf", "1000")
+    assert (result.returncode, result.stderr) == (0, "")
+    counts = [int(n) for n in re.findall(r"\d+", result.stdout)]
+    assert sum(counts[:4]) == 1000 and min(counts[0], counts[3]) > 100
