@@ -34,10 +34,13 @@ typedef struct {
     int32_t n_rot;             /* the first n_rot channels of q and k turn with the position */
     bool rope_halves;          /* pairs (i, i + n_rot/2), else (2i, 2i + 1) */
     float rope_base;
+    const float *rope_factors; /* [n_rot / 2]: each pair's frequency is divided by it; or NULL */
     float scale; /* of the attention logits */
     int32_t span;  /* positions that a row sees, itself included; 0 = all */
     int32_t group; /* layers of one span share page lists: index into the plans */
     const float *attn_norm, *ffn_norm;         /* [n_embd] */
+    const float *attn_post_norm, *ffn_post_norm; /* [n_embd], of what is added to the hidden state; or NULL */
+    const float *q_norm, *k_norm;              /* [d_k], of each head before rope; or NULL */
     const float *q_bias, *k_bias, *v_bias;     /* [n_head * d_k], [n_head_kv * d_k], [n_head_kv * d_v], or NULL */
     kvm_matrix q, k, v, o;                     /* n_embd -> heads; heads -> n_embd */
     kvm_matrix gate, up, down;                 /* n_embd -> n_ff twice; n_ff -> n_embd */
@@ -46,6 +49,8 @@ typedef struct {
 typedef struct {
     int32_t n_layer, n_embd, n_ff, n_vocab;
     float norm_eps;
+    float embd_scale;      /* of the embeddings */
+    bool gelu;             /* the gate's activation: tanh-approximated GELU, else SiLU */
     kvm_matrix embd;       /* n_vocab rows of n_embd */
     const float *out_norm; /* [n_embd] */
     kvm_matrix head;       /* n_embd -> n_vocab; the same data as embd when tied */
@@ -150,15 +155,15 @@ typedef struct {
 
     /* hidden[row] = embedding of its token */
     kvmix_status (*embed)(kvm_backend *backend, const kvm_plan *plan);
-    /* norm, q k v with biases, rope; K and V appended raw to the f16 pages, query rms rows kept where needed */
+    /* norm, q k v with biases, norms of heads, rope; K and V appended raw to the f16 pages, query rms rows kept where needed */
     kvmix_status (*attn_in)(kvm_backend *backend, int32_t layer, const kvm_plan *plan);
     /* f16 pages -> the recipe's types, for the plan's pack jobs */
     kvmix_status (*pack)(kvm_backend *backend, int32_t layer, const kvm_plan *plan);
     /* one softmax over sinks, packed pages and f16 pages */
     kvmix_status (*attend)(kvm_backend *backend, int32_t layer, const kvm_plan *plan);
-    /* hidden += o(attention) */
+    /* hidden += post-norm(o(attention)) */
     kvmix_status (*attn_out)(kvm_backend *backend, int32_t layer, const kvm_plan *plan);
-    /* hidden += down(silu(gate(norm hidden)) * up(norm hidden)) */
+    /* hidden += post-norm(down(act(gate(norm hidden)) * up(norm hidden))) */
     kvmix_status (*ffn)(kvm_backend *backend, int32_t layer, const kvm_plan *plan);
     /* logits of the wanted rows */
     kvmix_status (*head)(kvm_backend *backend, const kvm_plan *plan);

@@ -4,6 +4,8 @@
 
 #include "model.h"
 
+#define ROPE_FREQS "rope_freqs.weight" /* Llama 3.x: a factor for each rotary pair */
+
 typedef struct {
     kvmix_model *model;
     const kvm_gguf *file;
@@ -57,15 +59,43 @@ static kvmix_status refuse_unsupported(const loader *l) {
         return kvm_fail(KVMIX_UNSUPPORTED, "%s: rope scaling '%.*s' is not supported yet; only unscaled models run",
                         kvm_gguf_name(l->file), (int)scaling.n_bytes, scaling.data);
     }
-    if (kvm_gguf_find(l->file, "rope_freqs.weight") != NULL) {
-        return kvm_fail(KVMIX_UNSUPPORTED, "%s: rope_freqs.weight (Llama 3.x rope scaling) is not supported yet",
-                        kvm_gguf_name(l->file));
-    }
     int32_t n_expert;
     KVM_TRY(read_int(l, "expert_count", 0, 1 << 20, 0, &n_expert));
     if (n_expert > 0) {
         return kvm_fail(KVMIX_UNSUPPORTED, "%s: a mixture of %d experts is not supported yet", kvm_gguf_name(l->file),
                         n_expert);
+    }
+    return KVMIX_OK;
+}
+
+/* Which layers slide (layers see all but for attention.sliding_window), and the groups of layers of one span. Only
+ * families whose row has a pattern slide: others carry the key without meaning it. */
+static kvmix_status read_spans(loader *l) {
+    kvmix_model *m = l->model;
+    int32_t span, every = m->arch->global_every, n_group = 0, span_of_group[2];
+    if (every == 0) return KVMIX_OK;
+    KVM_TRY(read_int(l, "attention.sliding_window", 0, 1 << 24, 0, &span));
+    char key[128];
+    snprintf(key, sizeof key, "%s.attention.sliding_window_pattern", l->prefix);
+    kvm_gguf_array pattern;
+    bool listed;
+    if (kvm_gguf_get_array(l->file, key, KVM_GGUF_BOOL, &pattern, &listed) != KVMIX_OK) {
+        listed = false; /* a number instead of a list */
+        KVM_TRY(read_int(l, "attention.sliding_window_pattern", 1, 1024, every, &every));
+    }
+    if (listed && pattern.n != (uint64_t)m->net.n_layer) {
+        return kvm_fail(KVMIX_FORMAT, "%s: %s has %llu entries for %d layers", kvm_gguf_name(l->file), key,
+                        (unsigned long long)pattern.n, m->net.n_layer);
+    }
+    for (int32_t i = 0; i < m->net.n_layer; i++) {
+        kvm_layer *layer = &m->layers[i];
+        bool slides = span > 0 && (listed ? pattern.data[i] != 0 : (i + 1) % every != 0);
+        if (slides) {
+            layer->span = span;
+            if (m->arch->local_rope_base > 0) layer->rope_base = m->arch->local_rope_base;
+        }
+        while (layer->group < n_group && span_of_group[layer->group] != layer->span) layer->group++;
+        if (layer->group == n_group) span_of_group[n_group++] = layer->span;
     }
     return KVMIX_OK;
 }
@@ -96,6 +126,8 @@ static kvmix_status read_hyperparameters(loader *l) {
                         kvm_gguf_name(l->file), l->prefix, n_rot, d_k);
     }
     net->n_vocab = kvm_tokenizer_n_vocab(m->tokenizer);
+    net->gelu = m->arch->gelu;
+    net->embd_scale = m->arch->scales_embd ? sqrtf((float)net->n_embd) : 1.0f;
     m->layers = kvm_alloc_zero((uint64_t)net->n_layer, sizeof *m->layers);
     if (m->layers == NULL) return kvm_fail(KVMIX_NOMEM, "no memory for %d layers", net->n_layer);
     net->layers = m->layers;
@@ -104,7 +136,7 @@ static kvmix_status read_hyperparameters(loader *l) {
                                    .rope_halves = m->arch->rope_halves, .rope_base = rope_base,
                                    .scale = 1.0f / sqrtf((float)d_k)};
     }
-    return KVMIX_OK;
+    return read_spans(l);
 }
 
 /* ---- tensors ------------------------------------------------------------------------------------------------- */
@@ -118,6 +150,7 @@ static int64_t dim_value(const kvm_net *net, const kvm_layer *layer, kvm_dim dim
     case KVM_DIM_K: return (int64_t)layer->n_head_kv * layer->d_k;
     case KVM_DIM_V: return (int64_t)layer->n_head_kv * layer->d_v;
     case KVM_DIM_O: return (int64_t)layer->n_head * layer->d_v;
+    case KVM_DIM_HEAD: return layer->d_k;
     }
     return 0;
 }
@@ -150,14 +183,19 @@ static const float *take_vector(loader *l, const kvm_gguf_tensor *t) {
     return out;
 }
 
+/* may the family have this tensor, and must it? */
+static bool is_allowed(const kvm_arch *arch, int32_t set) { return set == 0 || (set & (arch->needs | arch->may_have)); }
+static bool is_needed(const kvm_arch *arch, int32_t set) { return set == 0 || (set & arch->needs); }
+
 static kvmix_status place_layer(loader *l, int32_t index) {
     kvm_layer *layer = &l->model->layers[index];
     for (int32_t i = 0; i < kvm_n_roles; i++) {
         const kvm_role *role = &kvm_roles[i];
+        if (!is_allowed(l->model->arch, role->set)) continue;
         char name[96];
         snprintf(name, sizeof name, "blk.%d.%s", index, role->name);
         const kvm_gguf_tensor *t;
-        bool optional = role->is_bias && !l->model->arch->needs_qkv_bias;
+        bool optional = !is_needed(l->model->arch, role->set);
         KVM_TRY(find_tensor(l, name, dim_value(&l->model->net, layer, role->n_in),
                             dim_value(&l->model->net, layer, role->n_out), optional, &t));
         char *field = (char *)layer + role->offset;
@@ -185,14 +223,21 @@ static kvmix_status place_tensors(loader *l) {
     }
     m->vectors = kvm_alloc(n_floats, sizeof *m->vectors);
     if (m->vectors == NULL) return kvm_fail(KVMIX_NOMEM, "no memory for %llu norms and biases", (unsigned long long)n_floats);
-    const kvm_gguf_tensor *embd, *norm, *head;
+    const kvm_gguf_tensor *embd, *norm, *head, *freqs = NULL;
     KVM_TRY(find_tensor(l, "token_embd.weight", net->n_embd, net->n_vocab, false, &embd));
     KVM_TRY(find_tensor(l, "output_norm.weight", net->n_embd, 1, false, &norm));
     KVM_TRY(find_tensor(l, "output.weight", net->n_embd, net->n_vocab, true, &head));
     net->embd = matrix_of(embd);
     net->head = matrix_of(head != NULL ? head : embd);
     net->out_norm = take_vector(l, norm);
-    for (int32_t i = 0; i < net->n_layer; i++) KVM_TRY(place_layer(l, i));
+    if (is_allowed(m->arch, KVM_HAS_ROPE_FREQS)) {
+        KVM_TRY(find_tensor(l, ROPE_FREQS, m->layers[0].n_rot / 2, 1, true, &freqs));
+    }
+    const float *factors = freqs != NULL ? take_vector(l, freqs) : NULL;
+    for (int32_t i = 0; i < net->n_layer; i++) {
+        m->layers[i].rope_factors = factors;
+        KVM_TRY(place_layer(l, i));
+    }
     return KVMIX_OK;
 }
 
@@ -204,11 +249,14 @@ static kvmix_status refuse_strangers(const loader *l) {
         char text[80], *rest = text;
         snprintf(text, sizeof text, "%.*s", (int)name.n_bytes, name.data);
         bool known = !strcmp(text, "token_embd.weight") || !strcmp(text, "output_norm.weight") ||
-                     !strcmp(text, "output.weight");
+                     !strcmp(text, "output.weight") ||
+                     (!strcmp(text, ROPE_FREQS) && is_allowed(l->model->arch, KVM_HAS_ROPE_FREQS));
         long layer = -1;
         if (strncmp(text, "blk.", 4) == 0) layer = strtol(text + 4, &rest, 10);
         if (layer >= 0 && layer < l->model->net.n_layer && *rest == '.') {
-            for (int32_t r = 0; r < kvm_n_roles; r++) known |= strcmp(rest + 1, kvm_roles[r].name) == 0;
+            for (int32_t r = 0; r < kvm_n_roles; r++) {
+                known |= strcmp(rest + 1, kvm_roles[r].name) == 0 && is_allowed(l->model->arch, kvm_roles[r].set);
+            }
         }
         if (!known) {
             return kvm_fail(KVMIX_UNSUPPORTED, "%s: the tensor %s has no place in the family %s as this build runs it",

@@ -99,28 +99,33 @@ typedef struct {
     float *to;
 } stage;
 
-/* RMS norm of a row; the sum in 16 interleaved lanes */
-static void norm_row(void *context, int32_t row, int32_t thread) {
-    (void)thread;
-    const stage *s = context;
-    int32_t n = s->b->net->n_embd, i;
-    const float *x = s->from + (size_t)row * (size_t)n;
-    float *y = s->to + (size_t)row * (size_t)n, lane[16] = {0}, sum = 0;
+/* RMS norm of n values, in place too; the sum in 16 interleaved lanes */
+static void rms_norm(const float *x, const float *weight, int32_t n, float eps, float *y) {
+    float lane[16] = {0}, sum = 0;
+    int32_t i;
     for (i = 0; i + 16 <= n; i += 16) {
         for (int32_t j = 0; j < 16; j++) lane[j] += x[i + j] * x[i + j];
     }
     for (; i < n; i++) lane[0] += x[i] * x[i];
     for (int32_t j = 0; j < 16; j++) sum += lane[j];
-    float scale = 1.0f / sqrtf(sum / (float)n + s->b->net->norm_eps);
-    for (i = 0; i < n; i++) y[i] = x[i] * scale * s->weight[i];
+    float scale = 1.0f / sqrtf(sum / (float)n + eps);
+    for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
+static void norm_row(void *context, int32_t row, int32_t thread) {
+    (void)thread;
+    const stage *s = context;
+    size_t at = (size_t)row * (size_t)s->b->net->n_embd;
+    rms_norm(s->from + at, s->weight, s->b->net->n_embd, s->b->net->norm_eps, s->to + at);
+}
+
+/* hidden += result, behind the post-norm where the layer has one */
 static void add_to_hidden_row(void *context, int32_t row, int32_t thread) {
     (void)thread;
     const stage *s = context;
     int32_t n = s->b->net->n_embd;
-    float *hidden = s->b->hidden + (size_t)row * (size_t)n;
-    const float *result = s->b->result + (size_t)row * (size_t)n;
+    float *hidden = s->b->hidden + (size_t)row * (size_t)n, *result = s->b->result + (size_t)row * (size_t)n;
+    if (s->weight != NULL) rms_norm(result, s->weight, n, s->b->net->norm_eps, result);
     for (int32_t i = 0; i < n; i++) hidden[i] += result[i];
 }
 
@@ -129,35 +134,46 @@ static kvmix_status embed(kvm_backend *b, const kvm_plan *plan) {
     size_t row_bytes = kvm_dtype_row_bytes(w->type, w->n_in), n = (size_t)b->net->n_embd;
     for (int32_t r = 0; r < plan->n_rows; r++) {
         const uint8_t *row = (const uint8_t *)w->data + (size_t)plan->rows[r].token * row_bytes;
-        kvm_dtypes[w->type].decode(row, b->hidden + (size_t)r * n, w->n_in);
+        float *hidden = b->hidden + (size_t)r * n;
+        kvm_dtypes[w->type].decode(row, hidden, w->n_in);
+        for (size_t i = 0; i < n && b->net->embd_scale != 1.0f; i++) hidden[i] *= b->net->embd_scale;
     }
-    b->rope_base = 0;
+    for (int32_t g = 0; g < b->cache->n_group; g++) b->rope[g].layer = NULL;
     return KVMIX_OK;
 }
 
-/* cos and sin of every row and pair, for the layer's base; angles in double, so that position 100,000 is exact */
+/* [n_rows][n_rot]; angles in double, so that position 100,000 is exact */
 static void fill_rope(kvm_backend *b, const kvm_layer *layer, const kvm_plan *plan) {
-    if (b->rope_base == layer->rope_base && b->rope_n_rot == layer->n_rot) return;
-    b->rope_base = layer->rope_base;
-    b->rope_n_rot = layer->n_rot;
+    kvm_rope_table *table = &b->rope[layer->group];
+    const kvm_layer *last = table->layer;
+    table->layer = layer;
+    if (last != NULL && last->rope_base == layer->rope_base && last->n_rot == layer->n_rot &&
+        last->rope_factors == layer->rope_factors) {
+        return;
+    }
     for (int32_t i = 0; i < layer->n_rot / 2; i++) {
         double frequency = pow((double)layer->rope_base, -2.0 * i / layer->n_rot);
+        if (layer->rope_factors != NULL) frequency /= (double)layer->rope_factors[i];
         for (int32_t r = 0; r < plan->n_rows; r++) {
             double angle = plan->rows[r].pos * frequency;
-            float *pair = b->rope + (size_t)r * (size_t)layer->n_rot + (size_t)(2 * i);
+            float *pair = table->pairs + (size_t)r * (size_t)layer->n_rot + (size_t)(2 * i);
             pair[0] = (float)cos(angle);
             pair[1] = (float)sin(angle);
         }
     }
 }
 
-/* x: [n_heads][d]; bias: the same shape or NULL */
-static void bias_and_turn(const kvm_layer *layer, float *x, const float *bias, int32_t n_heads, int32_t d, int32_t n_rot,
-                          const float *rope) {
+/* x: [n_heads][d]; bias: the same shape or NULL; norm: [d] or NULL */
+static void finish_heads(const kvm_backend *b, float *x, int32_t n_heads, int32_t d, const float *bias, const float *norm) {
     for (int32_t i = 0; bias != NULL && i < n_heads * d; i++) x[i] += bias[i];
-    int32_t apart = layer->rope_halves ? n_rot / 2 : 1, step = layer->rope_halves ? 1 : 2;
-    for (int32_t h = 0; h < n_heads; h++, x += d) {
-        for (int32_t i = 0; i < n_rot / 2; i++) {
+    for (int32_t h = 0; norm != NULL && h < n_heads; h++) rms_norm(x + h * d, norm, d, b->net->norm_eps, x + h * d);
+}
+
+/* rope: cos and sin of the row's n_rot / 2 pairs */
+static void turn(const kvm_layer *layer, float *x, int32_t n_heads, const float *rope) {
+    int32_t apart = layer->rope_halves ? layer->n_rot / 2 : 1, step = layer->rope_halves ? 1 : 2;
+    for (int32_t h = 0; h < n_heads; h++, x += layer->d_k) {
+        for (int32_t i = 0; i < layer->n_rot / 2; i++) {
             float *a = x + i * step, *b = a + apart, c = rope[2 * i], s = rope[2 * i + 1];
             float turned = *a * c - *b * s;
             *b = *a * s + *b * c;
@@ -199,12 +215,14 @@ static void finish_qkv_row(void *context, int32_t row, int32_t thread) {
     const stage *s = context;
     kvm_backend *b = s->b;
     const kvm_layer *layer = &b->net->layers[s->layer];
-    const float *rope = b->rope + (size_t)row * (size_t)layer->n_rot;
+    const float *rope = b->rope[layer->group].pairs + (size_t)row * (size_t)layer->n_rot;
     float *q = b->q + (size_t)row * (size_t)b->q_width, *k = b->k + (size_t)row * (size_t)b->q_width;
     float *v = b->v + (size_t)row * (size_t)b->o_width;
-    bias_and_turn(layer, q, layer->q_bias, layer->n_head, layer->d_k, layer->n_rot, rope);
-    bias_and_turn(layer, k, layer->k_bias, layer->n_head_kv, layer->d_k, layer->n_rot, rope);
-    bias_and_turn(layer, v, layer->v_bias, layer->n_head_kv, layer->d_v, 0, rope);
+    finish_heads(b, q, layer->n_head, layer->d_k, layer->q_bias, layer->q_norm);
+    finish_heads(b, k, layer->n_head_kv, layer->d_k, layer->k_bias, layer->k_norm);
+    finish_heads(b, v, layer->n_head_kv, layer->d_v, layer->v_bias, NULL);
+    turn(layer, q, layer->n_head, rope);
+    turn(layer, k, layer->n_head_kv, rope);
     append_row(s, row, q, k, v);
 }
 
@@ -230,7 +248,7 @@ static kvmix_status attn_out(kvm_backend *b, int32_t layer, const kvm_plan *plan
     product p = {.b = b, .x = b->attention, .ldx = b->o_width, .n_rows = plan->n_rows};
     add_matrix(&p, &b->net->layers[layer].o, b->result, b->net->n_embd);
     multiply(&p);
-    stage s = {.b = b};
+    stage s = {.b = b, .weight = b->net->layers[layer].attn_post_norm};
     for_rows(b, plan->n_rows, add_to_hidden_row, &s);
     return KVMIX_OK;
 }
@@ -239,7 +257,7 @@ static void activate_row(void *context, int32_t row, int32_t thread) {
     (void)thread;
     kvm_backend *b = ((const stage *)context)->b;
     size_t at = (size_t)row * (size_t)b->net->n_ff;
-    b->kernels->silu_mul(b->gate + at, b->up + at, b->net->n_ff);
+    (b->net->gelu ? b->kernels->gelu_mul : b->kernels->silu_mul)(b->gate + at, b->up + at, b->net->n_ff);
 }
 
 static kvmix_status ffn(kvm_backend *b, int32_t layer_index, const kvm_plan *plan) {
@@ -255,6 +273,7 @@ static kvmix_status ffn(kvm_backend *b, int32_t layer_index, const kvm_plan *pla
     product out = {.b = b, .x = b->gate, .ldx = n_ff, .n_rows = plan->n_rows};
     add_matrix(&out, &layer->down, b->result, n_embd);
     multiply(&out);
+    s.weight = layer->ffn_post_norm;
     for_rows(b, plan->n_rows, add_to_hidden_row, &s);
     return KVMIX_OK;
 }
@@ -304,7 +323,7 @@ static void *carve(arena *a, int32_t count, int32_t per, size_t size) {
 }
 
 typedef struct {
-    int32_t q_width, o_width, n_in, d_k, d_v, n_rot, m_max;
+    int32_t q_width, o_width, n_in, d_k, d_v, n_rot, n_group, m_max;
     size_t partials; /* floats */
 } widths;
 
@@ -318,6 +337,7 @@ static widths measure(const kvm_net *net, const kvm_backend_options *options) {
         w.d_k = kvm_max(w.d_k, l->d_k);
         w.d_v = kvm_max(w.d_v, l->d_v);
         w.n_rot = kvm_max(w.n_rot, l->n_rot);
+        w.n_group = kvm_max(w.n_group, l->group + 1);
         w.m_max = kvm_max(w.m_max, kvm_max(group, 16 * kvm_min(group, 4)));
         size_t partials = kvm_cpu_partial_floats(KVM_FEW_ROWS * l->n_head, l->d_v) * (size_t)kvm_cpu_max_runs(options->n_ctx);
         w.partials = partials > w.partials ? partials : w.partials;
@@ -360,7 +380,11 @@ static void carve_workspace(arena *a, kvm_backend *b, int32_t n_threads) {
     b->gate = carve(a, n_batch, net->n_ff, sizeof(float));
     b->up = carve(a, n_batch, net->n_ff, sizeof(float));
     b->logits = carve(a, b->options.n_logits, net->n_vocab, sizeof(float));
-    b->rope = carve(a, n_batch, w.n_rot, sizeof(float));
+    b->rope = carve(a, w.n_group, 1, sizeof *b->rope);
+    for (int32_t g = 0; g < w.n_group; g++) {
+        float *pairs = carve(a, n_batch, w.n_rot, sizeof(float));
+        if (a->base != NULL) b->rope[g].pairs = pairs;
+    }
     b->blocks = carve(a, n_batch, 1, sizeof *b->blocks);
     b->partials = carve(a, 1, 1, w.partials * sizeof(float));
     b->q8 = carve(a, n_batch, 1, sizeof *b->q8);

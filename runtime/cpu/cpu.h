@@ -27,6 +27,12 @@ typedef struct {
     size_t partials;           /* where its partials start when runs are split over threads */
 } kvm_attend_block;
 
+/* cos and sin of every row and pair, for the layers of one group */
+typedef struct {
+    float *pairs;           /* [n_batch][n_rot]: cos, sin of each pair */
+    const kvm_layer *layer; /* whose base and factors they have; NULL = stale */
+} kvm_rope_table;
+
 struct kvm_backend {
     const kvm_net *net;
     const kvm_cache_layout *cache;
@@ -49,9 +55,7 @@ struct kvm_backend {
     float *gate, *up;                 /* [n_batch][n_ff] */
     float *logits;                    /* [n_logits][n_vocab] */
     kvm_q8_row *q8;                   /* [n_batch], rows of the widest matrix input */
-    float *rope;                      /* [n_batch][d_k]: cos and sin of each pair */
-    float rope_base;                  /* of the table's layer, 0 = the table is stale */
-    int32_t rope_n_rot;
+    kvm_rope_table *rope;             /* [n_group] */
     kvm_attend_block *blocks;         /* [n_batch] */
     float *partials;                  /* decoding: a partial for each run, see attend.c */
     kvm_cpu_scratch *scratch;         /* [n_threads] */

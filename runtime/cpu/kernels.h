@@ -12,6 +12,9 @@
 
 enum { KVM_Q8_BLOCK = 32 };
 
+#define KVM_GELU_LINEAR 1.5957691216057308f /* 2 sqrt(2 / pi) */
+#define KVM_GELU_CUBIC 0.044715f
+
 /* Activations of one row in 8 bits, blocks of 32: x ~ scale * q, scale = max|x| / 127, q rounded to nearest even.
  * A NaN makes the block's scale NaN, an infinity makes it infinite: neither gets lost on its way to the logits.
  * sum[2b], sum[2b+1] = scale * (sum of q over the first, second 16 of block b), for formats with a minimum. */
@@ -49,6 +52,8 @@ typedef struct {
     float (*softmax_step)(float *score, float *m, float *l);
     /* gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i], n values */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
+    /* the same with GELU, approximated by tanh: gate / (1 + exp(-2 sqrt(2 / pi) (gate + 0.044715 gate^3))) * up */
+    void (*gelu_mul)(float *gate, const float *up, int32_t n);
 } kvm_cpu_kernels;
 
 extern const kvm_cpu_kernels kvm_kernels_scalar;

@@ -211,7 +211,7 @@ static void load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int
     }
 }
 
-/* ---- softmax_step, silu_mul --------------------------------------------------------------------------------- */
+/* ---- softmax_step, activations --------------------------------------------------------------------------------- */
 
 /* exp(x) within 1e-7 relative; 0 below -87.3, where it is no normal number, infinity above 88.37; NaN stays NaN.
  * x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) ~ 1 + r + r^2 (...), minimax, 4e-9 before rounding. */
@@ -247,22 +247,34 @@ static float softmax_step(float *score, float *m, float *l) {
     return factor;
 }
 
-INLINE __m256 silu_vector(__m256 gate, __m256 up) {
-    __m256 one = _mm256_set1_ps(1.0f), exp_minus = exp_vector(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+/* what the activation's exp is of: SiLU is gate / (1 + exp(-gate)), GELU gate / (1 + exp(-(...))) */
+INLINE __m256 gate_exponent(const bool gelu, __m256 gate) {
+    __m256 zero = _mm256_setzero_ps(), minus = _mm256_sub_ps(zero, gate);
+    if (!gelu) return minus;
+    __m256 square = _mm256_mul_ps(gate, gate);
+    __m256 factor = _mm256_fmadd_ps(square, _mm256_set1_ps(KVM_GELU_CUBIC), _mm256_set1_ps(1.0f));
+    return _mm256_mul_ps(_mm256_mul_ps(minus, _mm256_set1_ps(KVM_GELU_LINEAR)), factor);
+}
+
+INLINE __m256 gate_vector(const bool gelu, __m256 gate, __m256 up) {
+    __m256 one = _mm256_set1_ps(1.0f), exp_minus = exp_vector(gate_exponent(gelu, gate));
     return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(one, exp_minus)), up);
 }
 
-static void silu_mul(float *gate, const float *up, int32_t n) {
+INLINE void gate_mul(const bool gelu, float *gate, const float *up, int32_t n) {
     int32_t i = 0;
     for (; i + W <= n; i += W) {
-        _mm256_storeu_ps(gate + i, silu_vector(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
+        _mm256_storeu_ps(gate + i, gate_vector(gelu, _mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
     }
     if (i < n) {
         __m256i lanes = first_lanes(n - i);
-        __m256 tail = silu_vector(_mm256_maskload_ps(gate + i, lanes), _mm256_maskload_ps(up + i, lanes));
+        __m256 tail = gate_vector(gelu, _mm256_maskload_ps(gate + i, lanes), _mm256_maskload_ps(up + i, lanes));
         _mm256_maskstore_ps(gate + i, lanes, tail);
     }
 }
+
+static void silu_mul(float *gate, const float *up, int32_t n) { gate_mul(false, gate, up, n); }
+static void gelu_mul(float *gate, const float *up, int32_t n) { gate_mul(true, gate, up, n); }
 
 const kvm_cpu_kernels kvm_kernels_avx2 = {
     .name = "avx2",
@@ -276,4 +288,5 @@ const kvm_cpu_kernels kvm_kernels_avx2 = {
     .load_f16 = load_f16,
     .softmax_step = softmax_step,
     .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
 };

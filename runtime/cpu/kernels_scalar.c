@@ -83,8 +83,15 @@ static void silu_mul(float *gate, const float *up, int32_t n) {
     for (int32_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
+static void gelu_mul(float *gate, const float *up, int32_t n) {
+    for (int32_t i = 0; i < n; i++) {
+        float x = gate[i], z = KVM_GELU_LINEAR * x * (1.0f + KVM_GELU_CUBIC * (x * x));
+        gate[i] = x / (1.0f + expf(-z)) * up[i];
+    }
+}
+
 const kvm_cpu_kernels kvm_kernels_scalar = {
     .name = "scalar", .supported = supported, .gemm_f32 = gemm_f32, .quantize_q8 = quantize_q8,
     .matmul_q8 = matmul_q8, .load_packed = kvm_decode_page, .encode = kvm_encode,
     .hadamard = kvm_hadamard, .load_f16 = load_f16, .softmax_step = softmax_step,
-    .silu_mul = silu_mul};
+    .silu_mul = silu_mul, .gelu_mul = gelu_mul};

@@ -405,9 +405,14 @@ static void test_softmax(const kvm_cpu_kernels *kernels) {
     release_guarded();
 }
 
-/* ---- silu_mul ----------------------------------------------------------------------------------------------- */
+/* ---- silu_mul, gelu_mul ------------------------------------------------------------------------------------- */
 
-static void test_silu(const kvm_cpu_kernels *kernels) {
+/* z of an activation gate / (1 + exp(-z)) */
+static double silu_z(double gate) { return gate; }
+static double gelu_z(double gate) { return 2 * sqrt(2 / acos(-1)) * (gate + 0.044715 * gate * gate * gate); }
+
+/* z_error: relative, of a z computed in f32 */
+static void test_gate(void (*gate_mul)(float *, const float *, int32_t), double (*z_of)(double), double z_error) {
     enum { N = 4003 };
     float *gate = guarded_floats(N), *up = guarded_floats(N), *got = guarded_floats(N), *alone = guarded_floats(1);
     for (int32_t i = 0; i < N; i++) {
@@ -417,14 +422,15 @@ static void test_silu(const kvm_cpu_kernels *kernels) {
     gate[0] = -1e30f;
     gate[N - 1] = 1e30f;
     memcpy(got, gate, N * sizeof *got);
-    kernels->silu_mul(got, up, N);
+    gate_mul(got, up, N);
     bool close = true, same = true;
     for (int32_t i = 0; i < N; i++) {
-        double want = (double)gate[i] / (1 + exp(-(double)gate[i])) * (double)up[i];
-        /* exp 1e-7, three roundings of 6e-8; e^88.4 and more may be infinity */
-        close = close && fabs(got[i] - want) <= 3e-7 * fabs(want) + 0x1p-120;
+        double z = z_of((double)gate[i]), want = (double)gate[i] / (1 + exp(-z)) * (double)up[i];
+        /* exp 1e-7, three roundings of 6e-8, and what z's error makes of 1 + exp(-z); e^88.4 and more may be infinity */
+        double allowed = 3e-7 + z_error * fabs(z) / (1 + exp(z));
+        close = close && fabs(got[i] - want) <= allowed * fabs(want) + 0x1p-120;
         *alone = gate[i];
-        kernels->silu_mul(alone, &up[i], 1);
+        gate_mul(alone, &up[i], 1);
         same = same && same_bits(alone, &got[i], 1);
     }
     CHECK(close);
@@ -433,7 +439,7 @@ static void test_silu(const kvm_cpu_kernels *kernels) {
         float *tail = got + N - n;
         memcpy(tail, gate + N - n, (size_t)n * sizeof *tail);
         tail[-1] = untouched;
-        kernels->silu_mul(tail, up + N - n, n);
+        gate_mul(tail, up + N - n, n);
         CHECK(tail[-1] == untouched);
     }
     release_guarded();
@@ -455,7 +461,8 @@ int main(void) {
         test_load_packed(tables[i]);
         test_load_f16(tables[i]);
         test_softmax(tables[i]);
-        test_silu(tables[i]);
+        test_gate(tables[i]->silu_mul, silu_z, 0);
+        test_gate(tables[i]->gelu_mul, gelu_z, 3e-7); /* five roundings */
     }
     return check_report();
 }

@@ -1,6 +1,8 @@
 """The cache of one layer: what a row at position t reads, and attention over it.
 
-Three segments, one softmax (design: a row's view depends on its position alone, never on the batch it came in):
+Three segments, one softmax (design: a row's view depends on its position alone, never on the batch it came in). In a
+layer that slides, a row sees the last `span` positions of them, itself included: sinks and packed pages fall out of
+sight.
 
     0 .. sink-1       f16, always
     sink .. cut-1     packed pages, decoded;  cut(t) = 128 * floor((t - window) / 128), at least 0
@@ -41,9 +43,12 @@ class LayerCache:
     k_packed, v_packed  f64 [n_tokens, n_head_kv, d]: as decoded from pages, where one is packed
     """
 
-    def __init__(self, k_type: str, v_type: str, n_head_kv: int, d_k: int, d_v: int, options: CacheOptions) -> None:
+    def __init__(
+        self, k_type: str, v_type: str, n_head_kv: int, d_k: int, d_v: int, options: CacheOptions, span: int = 0
+    ) -> None:
         self.k_type, self.v_type = KVTYPES[k_type], KVTYPES[v_type]
         self.options = options
+        self.span = span  # 0 = a row sees all that is before it
         self.k = self.q_rms = np.zeros((0, n_head_kv, d_k), np.float16)
         self.v = np.zeros((0, n_head_kv, d_v), np.float16)
         self.k_packed, self.v_packed = self.k.astype(np.float64), self.v.astype(np.float64)
@@ -118,12 +123,12 @@ class LayerCache:
         for below in np.unique(cuts):
             rows = np.flatnonzero(cuts == below)
             end = start + int(rows[-1]) + 1
-            out.append(attention(q[rows], *self.view(below, end), start + rows, scale))
+            out.append(attention(q[rows], *self.view(below, end), start + rows, scale, self.span))
         return np.concatenate(out)
 
 
-def attention(q: Array, k: Array, v: Array, position: Array, scale: float) -> Array:
-    """Causal softmax attention, in float64.
+def attention(q: Array, k: Array, v: Array, position: Array, scale: float, span: int = 0) -> Array:
+    """Causal softmax attention, in float64, over the last `span` positions where it is not 0.
 
     q [n, n_head, d_k]; k [end, n_head_kv, d_k]; v [end, n_head_kv, d_v]; position [n], of the rows of q
     -> [n, n_head, d_v]. Query head h reads KV head h // (n_head / n_head_kv).
@@ -132,7 +137,8 @@ def attention(q: Array, k: Array, v: Array, position: Array, scale: float) -> Ar
     end, n_head_kv, d_v = v.shape
     groups = q.astype(np.float64).reshape(n, n_head_kv, -1, d_k).transpose(1, 2, 0, 3)  # [n_head_kv, g, n, d_k]
     logits = groups @ k.transpose(1, 2, 0)[:, None] * scale  # [n_head_kv, g, n, end]
-    logits = np.where(np.arange(end) <= position[:, None], logits, -np.inf)
+    distance = position[:, None] - np.arange(end)  # [n, end]
+    logits = np.where((distance >= 0) & (distance < (span or np.inf)), logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     out = weights @ v.transpose(1, 0, 2)[:, None]  # [n_head_kv, g, n, d_v]
