@@ -285,13 +285,14 @@ def test_memory_of_layers_that_slide(
     def pages(n_ctx: int, span: int) -> tuple[int, int]:
         """(f16, packed) of a group. In sight: span and 128 to rewind, partial pages at both ends. In f16: the window,
         its partial page, one more to rewind into, which a checkpoint does without. New: a batch's, and an open page
-        copied for each sequence. One sequence alone can always fill the context."""
+        copied for each sequence. One sequence alone can always fill the context, though a checkpoint be the last
+        to list the page that it ends in."""
         new = -(-n_batch // PAGE) + 2 * n_seq - 1
         every = n_ctx // PAGE + holders + 1
         if span:
             every = min(every, holders * (-(-span // PAGE) + 3) + new)
         recent = holders * (-(-window // PAGE) + 2) - n_checkpoint + new
-        return min(every, recent), every if span else n_ctx // PAGE
+        return min(every, recent), every if span else n_ctx // PAGE + n_checkpoint
 
     def planned(n_ctx: int) -> int:
         options = {"window": window, "sink": sink, "n_seq_max": n_seq, "n_batch": n_batch}

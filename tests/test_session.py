@@ -26,8 +26,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> kvmix.Model:
-    return kvmix.Model(tiny.write_model(folder / "tiny.gguf", n_embd=128, n_ff=256, n_ctx=2048).path)
+def llama(folder: Path) -> kvmix.Model:
+    return kvmix.Model(tiny.write_model(folder / "llama.gguf", n_embd=128, n_ff=256, n_ctx=2048).path)
+
+
+@pytest.fixture(scope="module")
+def gemma3(folder: Path) -> kvmix.Model:
+    """Two of the three layers slide, so pages are dropped and two groups hold different ones."""
+    shape = {"n_layer": 3, "n_embd": 128, "n_ff": 256, "n_ctx": 2048, "span": 200}
+    keys = {"gemma3.attention.sliding_window_pattern": 3}
+    return kvmix.Model(tiny.write_model(folder / "gemma3.gguf", arch="gemma3", extra_keys=keys, **shape).path)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def model(request: pytest.FixtureRequest) -> kvmix.Model:
+    return request.getfixturevalue(request.param)
 
 
 def random_ids(n_tokens: int, seed: int = 0) -> list[int]:
@@ -334,9 +347,9 @@ def test_cancelling_in_the_middle_of_a_batch_changes_nothing(folder: Path) -> No
     ],
 )
 def test_sync_evaluates_no_more_than_it_must(
-    model: kvmix.Model, kv: str, checkpoints: list[int], kept: int, n_new: int, n_evaluated: int
+    llama: kvmix.Model, kv: str, checkpoints: list[int], kept: int, n_new: int, n_evaluated: int
 ) -> None:
-    session, ids = open_session(model, kv=kv), random_ids(600)
+    session, ids = open_session(llama, kv=kv), random_ids(600)
     for at in checkpoints:
         session.sync(ids[:at])
         session.checkpoint()
@@ -401,10 +414,10 @@ def test_a_page_has_the_bits_of_its_types(model: kvmix.Model, k: str, v: str, ba
 
 @pytest.mark.parametrize("n_tokens", [1, 100, 255, 256, 300, 384, 1000, 1500])
 @pytest.mark.parametrize(("kv", "window", "sink"), [("f16", 128, 16), ("k4v3", 128, 16), ("k2v2", 0, 4)])
-def test_bits_are_bytes(model: kvmix.Model, kv: str, window: int, sink: int, n_tokens: int) -> None:
+def test_bits_are_bytes(llama: kvmix.Model, kv: str, window: int, sink: int, n_tokens: int) -> None:
     """In use: f16 pages from one before the cut on, for a rewind; packed pages, and with the first of them the sinks
     and the frozen balance. Read by the next token: of each page one form, packed below the cut."""
-    session = open_session(model, n_ctx=1500, kv=kv, window=window, sink=sink)
+    session = open_session(llama, n_ctx=1500, kv=kv, window=window, sink=sink)
     assert session.stats.bits_now == 0 and session.stats.kv_used_bytes == 0
     session.sync(random_ids(n_tokens))
     n_packed = 0 if kv == "f16" else max(0, n_tokens - 1 - window) // PAGE
@@ -426,15 +439,15 @@ def test_bits_are_bytes(model: kvmix.Model, kv: str, window: int, sink: int, n_t
         assert stats.bits_now == stats.bits_full
 
 
-def test_a_long_chat_falls_toward_the_packed_bits(model: kvmix.Model) -> None:
-    session = open_session(model, n_ctx=2048)
+def test_a_long_chat_falls_toward_the_packed_bits(llama: kvmix.Model) -> None:
+    session = open_session(llama, n_ctx=2048)
     bits = []
     for n_tokens in (200, 600, 1200, 2048):
         session.sync(random_ids(n_tokens))
         bits.append(session.stats.bits_now)
     assert bits == sorted(bits, reverse=True)
     assert bits[0] == 16.0 and bits[-1] < 7
-    assert model.plan(n_ctx=1 << 17, kv="k4v3").bits_full == pytest.approx((4 + 3) / 2 + 16 / 64 + 1 / 16, rel=0.02)
+    assert llama.plan(n_ctx=1 << 17, kv="k4v3").bits_full == pytest.approx((4 + 3) / 2 + 16 / 64 + 1 / 16, rel=0.02)
 
 
 def test_shared_pages_count_once(model: kvmix.Model) -> None:
