@@ -9,7 +9,6 @@
 
 #include "kvtype.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors pass between inlined functions only: there is no ABI to change */
 #define KVM_INLINE static inline __attribute__((always_inline))
 
 enum { KVM_WIDE = 8 };
@@ -39,6 +38,16 @@ KVM_INLINE kvm_wide nearest_level(const kvm_levels *levels, const int32_t n_posi
     }
     kvm_wide size = wide_abs(t), level = zero + levels->first;
     kvm_wide_int n = {0};
+    if (n_positive > 8) { /* odd integers: the thresholds passed are the even ones below |t|, ceil(|t| / 2) - 1 */
+        kvm_wide half = wide_select(size < 2.0f * (float)n_positive, size * 0.5f, zero + (float)n_positive);
+        half = wide_select(t == t, half, zero);
+        kvm_wide passed = (half + 12582912.0f) - 12582912.0f;
+        passed -= wide_select(passed < half, zero, zero + 1.0f);
+        passed = wide_select(passed > 0.0f, passed, zero);
+        *above = __builtin_convertvector(passed, kvm_wide_int);
+        level = passed + passed + 1.0f;
+        return (kvm_wide)((kvm_wide_int)level ^ ((t < 0.0f) & INT32_MIN));
+    }
     for (int32_t k = 1; k < n_positive; k++) {
         kvm_wide_int passed = size > levels->threshold[k];
         level += (kvm_wide)((kvm_wide_int)(zero + levels->step[k]) & passed); /* integers: exact */
@@ -91,7 +100,7 @@ KVM_INLINE void encode_wide(const kvm_kvtype_info *info, const kvm_levels *level
 static void encode_page(kvm_kvtype type, const float *x, int32_t d, uint8_t *codes, uint16_t *scales) {
     const kvm_kvtype_info *info = &kvm_kvtypes[type];
     kvm_levels levels = {.first = info->level[0]};
-    for (int32_t k = 1; k < info->n_positive; k++) {
+    for (int32_t k = 1; k < kvm_min(info->n_positive, 8); k++) {
         levels.threshold[k] = 0.5f * (float)(info->level[k - 1] + info->level[k]);
         levels.step[k] = (float)(info->level[k] - info->level[k - 1]);
     }
@@ -106,6 +115,8 @@ static void encode_page(kvm_kvtype type, const float *x, int32_t d, uint8_t *cod
             case 2: encode_wide(info, &levels, 2, from, group, scale, to); break;
             case 4: encode_wide(info, &levels, 4, from, group, scale, to); break;
             case 8: encode_wide(info, &levels, 8, from, group, scale, to); break;
+            case 16: encode_wide(info, &levels, 16, from, group, scale, to); break;
+            case 32: encode_wide(info, &levels, 32, from, group, scale, to); break;
             }
         }
     }

@@ -12,6 +12,10 @@ const kvm_kvtype_info kvm_kvtypes[KVM_KVTYPE_COUNT] = {
 #define X(id, type_name, n_bits, alias_name) [KVM_KVTYPE_##id] = {.name = type_name, .alias = alias_name, .bits = n_bits, KVM_CODEC_##id},
 #define KVM_CODEC_F16 .n_planes = 0
 #define KVM_CODEC_Q8 .n_planes = 1, .plane_bits = {8}, .n_factors = 1, .factor = {1.0f / 127}
+#define KVM_CODEC_Q6 .n_planes = 2, .plane_bits = {4, 2}, .n_positive = 32, .n_factors = 1, .factor = {1.0f / 63}
+#define KVM_CODEC_Q5                                                                                                   \
+    .n_planes = 2, .plane_bits = {4, 1}, .n_positive = 16, .n_factors = 5,                                             \
+    .factor = {1.0f / 31, 0.95f / 31, 0.9f / 31, 0.85f / 31, 0.8f / 31}
 #define KVM_CODEC_Q4                                                                                                   \
     .n_planes = 1, .plane_bits = {4}, .n_positive = 8, .level = {3, 9, 15, 22, 29, 37, 48, 63}, .n_factors = 6,        \
     .factor = FACTORS(63)
@@ -41,8 +45,9 @@ void kvm_kvtype_levels(kvm_kvtype type, float table[256]) {
         return;
     }
     for (int32_t m = 0; m < info->n_positive; m++) {
-        table[info->n_positive + m] = info->level[m];
-        table[info->n_positive - 1 - m] = (float)-info->level[m];
+        float level = info->level[0] ? (float)info->level[m] : (float)(2 * m + 1);
+        table[info->n_positive + m] = level;
+        table[info->n_positive - 1 - m] = -level;
     }
 }
 

@@ -41,7 +41,8 @@
  * 4. Bytes of one side of one KV head's page, in this order: codes, scales, then for K the page vectors.
  *    A *tile* is 16 lanes by R reduced indices. K: lanes are 16 positions, R = d channels, 8 tiles. V: lanes are 16
  *    channels, R = 128 positions, d / 16 tiles. (So a dot product over R needs no horizontal sum on either side.)
- *    A code's bits are split in planes of width w in {8, 4, 2, 1}, high bits first: q8 = 8, q4 = 4, q3 = 2+1, q2 = 2.
+ *    A code's bits are split in planes of width w in {8, 4, 2, 1}, high bits first: q8 = 8, q6 = 4+2, q5 = 4+1, q4 = 4,
+ *    q3 = 2+1, q2 = 2.
  *    A plane of a tile is ceil(R / (32/w)) lines of 64 bytes, a line holds 32/w reduced indices:
  *
  *      byte 4*lane + i of line g:   bits  w*j .. w*j+w-1  hold index  g*(32/w) + 4*j + i,   j < 8/w, i < 4
@@ -55,8 +56,9 @@
  *    Physical bits: b + 16 / G, K + 16/128 for the mean (and as much for a page balance).
  *
  * Levels: Lloyd-Max levels of a Gaussian rounded to integers, q2 +-{3 10}, q3 +-{3 9 16 26},
- * q4 +-{3 9 15 22 29 37 48 63}; q8 -127..127. NMSE on Gaussian rows 0.1116, 0.0293, 0.0071 (rounding the levels costs
- * less than 0.5%, fewer than six factors 0.4-4%).
+ * q4 +-{3 9 15 22 29 37 48 63}; q5 and q6 all odd integers to +-31 and +-63, q8 all integers to +-127. NMSE on Gaussian
+ * rows, d = 128: 0.1116, 0.0293, 0.0071, 0.0022, 0.00056, 0.000035 (rounding the levels costs less than 0.5%, fewer than
+ * six factors 0.4-4%; at 6 bits the first factor is as good as more).
  */
 #ifndef KVM_KVTYPE_H
 #define KVM_KVTYPE_H
@@ -73,6 +75,8 @@ enum { KVM_PAGE = 128, KVM_LANES = 16, KVM_LINE = 64, KVM_GROUP = 64, KVM_SINK_M
 #define KVM_KVTYPE_LIST(X)                                                                                             \
     X(F16, "f16", 16, "f16")                                                                                           \
     X(Q8, "q8", 8, "q8_0")                                                                                             \
+    X(Q6, "q6", 6, "q6_0")                                                                                             \
+    X(Q5, "q5", 5, "q5_0")                                                                                             \
     X(Q4, "q4", 4, "q4_0")                                                                                             \
     X(Q3, "q3", 3, "q3_0")                                                                                             \
     X(Q2, "q2", 2, "q2_0")
@@ -91,9 +95,10 @@ typedef struct {
     int32_t bits;
     int32_t n_planes, plane_bits[2]; /* high bits first */
     int32_t n_positive;              /* positive levels, 0 for q8 (all integers to 127) and f16 */
-    int16_t level[8];                /* the positive levels, ascending */
+    int16_t level[8];                /* the positive levels, ascending; none where they are the odd integers (q5, q6) */
     int32_t n_factors;
-    float factor[8]; /* F of section 3: f / (largest level) by one f32 division, f = 1 .9 .8 .7 .6 .5 (q8: 1) */
+    float factor[8]; /* F of section 3: f / (largest level) by one f32 division; f = 1 .9 .8 .7 .6 .5, q5 1 .95 .9
+                           .85 .8, q6 and q8 1 */
 } kvm_kvtype_info;
 
 extern const kvm_kvtype_info kvm_kvtypes[KVM_KVTYPE_COUNT];

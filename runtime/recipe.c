@@ -9,7 +9,7 @@ enum { RECIPE_VERSION = 1, DEFAULT_WINDOW = 128, DEFAULT_SINK = 16 };
 
 /* ---- names --------------------------------------------------------------------------------------------------- */
 
-/* "f16 q8 q4 q3 q2" */
+/* "f16 q8 q6 q5 q4 q3 q2" */
 static const char *type_names(void) {
     static const char names[] =
 #define X(id, name, bits, alias) " " name

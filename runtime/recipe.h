@@ -1,6 +1,6 @@
 /* recipe.h - which type every layer's K and V has, the window, the sinks and the kind of key balance.
  *
- * Text form: pair(,A-B:pair)*, `;` for `,` too, spaces anywhere; pair = k<T>v<T>, T = 2 3 4 8 f16; a bare type name
+ * Text form: pair(,A-B:pair)*, `;` for `,` too, spaces anywhere; pair = k<T>v<T>, T = 2 3 4 5 6 8 f16; a bare type
  * ("f16", "q8") is both sides; ranges are inclusive layer numbers, one number is a range; later wins.
  * In a GGUF file: kvmix.version (1), kvmix.k_type and kvmix.v_type (string arrays, one name a layer, authoritative),
  * kvmix.recipe (the text; refused when it disagrees), kvmix.window, kvmix.sink, kvmix.balance ("frozen" | "page").

@@ -90,7 +90,7 @@ def reference_model(path: Path) -> Model:
     return load(path)
 
 
-TYPES = {"f16": "f16", "8": "q8", "4": "q4", "3": "q3", "2": "q2"}
+TYPES = {"f16": "f16", "8": "q8", "6": "q6", "5": "q5", "4": "q4", "3": "q3", "2": "q2"}
 
 
 def pairs(kv: str, n_layer: int) -> list[tuple[str, str]]:
@@ -168,7 +168,21 @@ def assert_packed_agrees(path: Path, kernels: str, kv: str, **options: Any) -> N
     assert_agrees(got, want, expected(path, n_tokens, "kf16vf16"))
 
 
-RECIPES = ["k8v8", "k4v4", "k4v3", "k3v3", "k4v2", "k2v4", "k2v2", "kf16v3", "k3vf16", "k4v3,0:k8v4", "kf16vf16,1:k2v3"]
+RECIPES = [
+    "k8v8",
+    "k6v5",
+    "k5v6",
+    "k4v4",
+    "k4v3",
+    "k3v3",
+    "k4v2",
+    "k2v4",
+    "k2v2",
+    "kf16v3",
+    "k3vf16",
+    "k4v3,0:k8v4",
+    "kf16vf16,1:k2v3",
+]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

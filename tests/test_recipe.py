@@ -62,7 +62,7 @@ def test_a_recipe_is_read_and_written(plain: kvmix.Model, text: str, expected: l
         ("", "no KV type"),
         ("k4", "'v' is missing"),
         ("kv3", "a number of bits is missing"),
-        ("k5v3", "no type of 5 bits; the types are f16 q8 q4 q3 q2"),
+        ("k7v3", "no type of 7 bits; the types are f16 q8 q6 q5 q4 q3 q2"),
         ("k16v3", "no type of 16 bits"),
         ("kf8v3", "no type of float 8 bits"),
         ("q9", "'q9' is no KV type"),
@@ -159,7 +159,7 @@ def test_a_recipe_lacks_a_side(with_keys: Callable) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"k_type": "int4"}, "-ctk: 'int4' is no KV type; there are f16 q8 q4 q3 q2"),
+        ({"k_type": "int4"}, "-ctk: 'int4' is no KV type; there are f16 q8 q6 q5 q4 q3 q2"),
         ({"v_type": ""}, "-ctv: '' is no KV type"),
         ({"sink": 65}, "sink 65 is out of range; it takes 0 to 64"),
         ({"window": -2}, "window -2 is out of range"),

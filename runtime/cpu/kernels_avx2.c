@@ -149,27 +149,36 @@ INLINE __m256i bits_of_bytes(__m256i v, int32_t shift, const int32_t width) {
     return _mm256_and_si256(_mm256_srli_epi16(v, shift), _mm256_set1_epi8((char)((1 << width) - 1)));
 }
 
+/* 32 codes of four indices (8 lanes) from one or two planes; at: half a line of the first plane; j, low_j: which field */
+INLINE __m256i load_codes(const int32_t width, const int32_t low_width, const uint8_t *at, int32_t j, const uint8_t *low_at,
+                          int32_t low_j) {
+    __m256i code = bits_of_bytes(load_32_bytes(at), width * j, width);
+    if (low_width == 0) return code;
+    __m256i low = bits_of_bytes(load_32_bytes(low_at), low_width * low_j, low_width);
+    return _mm256_or_si256(_mm256_slli_epi16(code, low_width), low); /* the bytes have room */
+}
+
 /* The planes of section 4 of kvtype.h, for a type of `bits` bits. Both sides are the same walk: half a line is 8 lanes
  * by 4 indices of codes, a dword for each lane, so byte i of all dwords is 8 neighbours in a row of the result.
  * Rows are indices: K's are channels, V's are positions. A K lane is a position and has its own scale; a V row is a
  * position and has one scale for all its lanes. level: the levels of up to 16 codes, in both halves. */
 INLINE void load_planes(const int32_t bits, const kvm_side side, __m256i level, const uint8_t *page, int32_t d,
                         const float *scales, float *out) {
-    const int32_t width = bits == 3 ? 2 : bits, per_line = 32 / width;
+    const int32_t width = bits == 8 ? 8 : bits >= 4 ? 4 : 2, low_width = bits == 8 ? 0 : bits - width;
+    const int32_t per_line = 32 / width, per_low_line = low_width ? 32 / low_width : 1;
     const int32_t n_rows = side == KVM_SIDE_K ? d : KVM_PAGE, row_floats = side == KVM_SIDE_K ? KVM_PAGE : d;
     const int32_t n_lines = kvm_ceil_div(n_rows, per_line), group = kvm_group_of(d);
     for (int32_t lane = 0; lane < row_floats; lane += KVM_LANES) {
         const uint8_t *low_plane = page + KVM_LINE * n_lines;
         for (int32_t row = 0; row < n_rows; row += 4) {
-            int32_t line = row / per_line, j = row % per_line / 4;
             for (int32_t half = 0; half < 2; half++) {
-                __m256i code = bits_of_bytes(load_32_bytes(page + KVM_LINE * line + 32 * half), width * j, width);
-                if (bits == 3) {
-                    __m256i low = load_32_bytes(low_plane + KVM_LINE * (row / 32) + 32 * half);
-                    code = _mm256_or_si256(_mm256_add_epi8(code, code), bits_of_bytes(low, row % 32 / 4, 1));
-                }
-                __m256i levels = bits == 8 ? _mm256_xor_si256(code, _mm256_set1_epi8(-128))
-                                           : _mm256_shuffle_epi8(level, code);
+                __m256i code = load_codes(width, low_width, page + KVM_LINE * (row / per_line) + 32 * half,
+                                          row % per_line / 4, low_plane + KVM_LINE * (row / per_low_line) + 32 * half,
+                                          row % per_low_line / 4);
+                __m256i levels = bits == 8   ? _mm256_xor_si256(code, _mm256_set1_epi8(-128))
+                                 : bits >= 5 ? _mm256_sub_epi8(_mm256_add_epi8(code, code), /* 2 code - (2^bits - 1) */
+                                                               _mm256_set1_epi8((char)((1 << bits) - 1)))
+                                             : _mm256_shuffle_epi8(level, code);
                 int32_t first = lane + W * half;
                 for (int32_t i = 0; i < 4; i++) {
                     __m256 value = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(levels, 24 - 8 * i), 24));
@@ -180,7 +189,7 @@ INLINE void load_planes(const int32_t bits, const kvm_side side, __m256i level, 
                 }
             }
         }
-        page += KVM_LINE * (n_lines + (bits == 3 ? kvm_ceil_div(n_rows, 32) : 0));
+        page += KVM_LINE * (n_lines + (low_width ? kvm_ceil_div(n_rows, per_low_line) : 0));
     }
 }
 
@@ -203,6 +212,8 @@ static void load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int
     __m256i level = _mm256_broadcastsi128_si256(load_16_bytes(bytes));
     switch (type) {
     case KVM_KVTYPE_Q8: LOAD_PLANES(8); break;
+    case KVM_KVTYPE_Q6: LOAD_PLANES(6); break;
+    case KVM_KVTYPE_Q5: LOAD_PLANES(5); break;
     case KVM_KVTYPE_Q4: LOAD_PLANES(4); break;
     case KVM_KVTYPE_Q3: LOAD_PLANES(3); break;
     case KVM_KVTYPE_Q2: LOAD_PLANES(2); break;

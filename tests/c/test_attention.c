@@ -198,7 +198,7 @@ static void define_balance(const bench *w, int32_t seq, int32_t head, int32_t pa
 
 /* NMSE of the codecs on Gaussian rows (kvtype.h; q8: uniform steps of amax / 127, amax about 2.4 sigma) */
 static const double codec_error[KVM_KVTYPE_COUNT] = {
-    [KVM_KVTYPE_Q8] = 3e-5, [KVM_KVTYPE_Q4] = 0.0071, [KVM_KVTYPE_Q3] = 0.0293, [KVM_KVTYPE_Q2] = 0.1116};
+    [KVM_KVTYPE_Q8] = 3e-5, [KVM_KVTYPE_Q6] = 0.00052, [KVM_KVTYPE_Q5] = 0.0021, [KVM_KVTYPE_Q4] = 0.0071, [KVM_KVTYPE_Q3] = 0.0293, [KVM_KVTYPE_Q2] = 0.1116};
 
 /* What was packed is what was there, but for the codec: a Hadamard has made the data nearly Gaussian. */
 static void check_codec(const bench *w, kvm_kvtype type, int32_t d, int32_t n, double error) {

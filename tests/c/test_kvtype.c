@@ -10,7 +10,8 @@
 
 enum { D = KVM_HEAD_DIM_MAX, N = KVM_PAGE };
 
-static const kvm_kvtype quantized[] = {KVM_KVTYPE_Q8, KVM_KVTYPE_Q4, KVM_KVTYPE_Q3, KVM_KVTYPE_Q2};
+static const kvm_kvtype quantized[] = {KVM_KVTYPE_Q8, KVM_KVTYPE_Q6, KVM_KVTYPE_Q5,
+                                       KVM_KVTYPE_Q4, KVM_KVTYPE_Q3, KVM_KVTYPE_Q2};
 enum { N_QUANTIZED = sizeof quantized / sizeof *quantized };
 
 /* ---- numbers ------------------------------------------------------------------------------------------------- */
@@ -42,7 +43,8 @@ static bool named(const char *name, kvm_kvtype want) {
 static void test_table(void) {
     CHECK(named("f16", KVM_KVTYPE_F16) && named("q8", KVM_KVTYPE_Q8) && named("q2", KVM_KVTYPE_Q2));
     CHECK(named("q8_0", KVM_KVTYPE_Q8) && named("q4_0", KVM_KVTYPE_Q4) && named("q3", KVM_KVTYPE_Q3));
-    static const char *const wrong[] = {"", "q", "q5", "q4_", "q4_1", "q44", "F16", "f32", " q4"};
+    CHECK(named("q6", KVM_KVTYPE_Q6) && named("q5_0", KVM_KVTYPE_Q5));
+    static const char *const wrong[] = {"", "q", "q7", "q4_", "q4_1", "q44", "F16", "f32", " q4"};
     kvm_kvtype type;
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         CHECK(!kvm_kvtype_from_name(wrong[i], strlen(wrong[i]), &type));
@@ -64,8 +66,9 @@ static void test_table(void) {
         CHECK(ascending);
         CHECK(symmetric);
         float top = has_zero ? 127 : level[n_codes - 1];
-        static const float factors[] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f};
-        CHECK(info->n_factors == (has_zero ? 1 : 6));
+        static const float coarse[] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f}, fine[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};
+        const float *factors = info->bits == 5 ? fine : coarse;
+        CHECK(info->n_factors == (info->bits >= 6 ? 1 : info->bits == 5 ? 5 : 6));
         for (int32_t f = 0; f < info->n_factors; f++) CHECK(info->factor[f] == factors[f] / top);
     }
 }
@@ -338,7 +341,8 @@ static void test_gaussian(void) {
     static const struct {
         kvm_kvtype type;
         double least, most;
-    } bounds[] = {{KVM_KVTYPE_Q8, 2.5e-5, 3.5e-5}, {KVM_KVTYPE_Q4, 0.0069, 0.0073}, {KVM_KVTYPE_Q3, 0.0285, 0.0300},
+    } bounds[] = {{KVM_KVTYPE_Q8, 2.5e-5, 3.5e-5}, {KVM_KVTYPE_Q6, 0.00052, 0.00060},
+                  {KVM_KVTYPE_Q5, 0.0020, 0.0024}, {KVM_KVTYPE_Q4, 0.0069, 0.0073}, {KVM_KVTYPE_Q3, 0.0285, 0.0300},
                   {KVM_KVTYPE_Q2, 0.1090, 0.1140}};
     static float x[128 * N], out[128 * N];
     static uint8_t codes[128 * N];

@@ -151,9 +151,9 @@ static void test_invalid(void) {
         {"k4x3", "'v' is missing at character 3"},
         {"k4v3x", "left over at character 5"},
         {"k4v3 k8v8", "left over at character 6"},
-        {"K4V3", "'K4V3' is no KV type; there are f16 q8 q4 q3 q2"},
-        {"q5", "'q5' is no KV type"},
-        {"k5v3", "no type of 5 bits"},
+        {"K4V3", "'K4V3' is no KV type; there are f16 q8 q6 q5 q4 q3 q2"},
+        {"q7", "'q7' is no KV type"},
+        {"k7v3", "no type of 7 bits"},
         {"k16v3", "no type of 16 bits"},
         {"kf8v3", "no type of float 8 bits"},
         {"k99999999999999999999v3", "no type of 1000000 bits"},
@@ -237,9 +237,9 @@ static void test_precedence(void) {
     CHECK(strcmp(recipe.source, "-ctk/-ctv") == 0 && strcmp(recipe.text, "k2v8") == 0);
     CHECK(recipe.window == 0 && recipe.sink == 64 && !recipe.balance_page);
 
-    options.k_type = "q6";
+    options.k_type = "q7";
     CHECK_STATUS(KVMIX_ARG, resolve(&file, N_LAYER, &options));
-    CHECK_SAYS("-ctk: 'q6' is no KV type; there are f16 q8 q4 q3 q2");
+    CHECK_SAYS("-ctk: 'q7' is no KV type; there are f16 q8 q6 q5 q4 q3 q2");
 }
 
 static void test_ranges(void) {

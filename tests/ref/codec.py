@@ -39,6 +39,7 @@ class KvType:
     bits: int
     planes: tuple[int, ...]  # widths, high bits first
     positive: tuple[int, ...]  # the positive levels, ascending; none for f16 and for q8, which has all integers to 127
+    fractions: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the scale that reaches the largest |x|
 
     @property
     def quantized(self) -> bool:
@@ -54,9 +55,8 @@ class KvType:
     @property
     def factors(self) -> tuple[np.float32, ...]:
         """The scales to try, in units of the largest |x| of the group."""
-        if not self.positive:
-            return (np.float32(1) / np.float32(127),)
-        return tuple(np.float32(f) / np.float32(self.positive[-1]) for f in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5))
+        top = self.positive[-1] if self.positive else 127
+        return tuple(np.float32(f) / np.float32(top) for f in self.fractions)
 
     def nearest(self, t: Array) -> Array:
         """The code of the level nearest to t: f32 [...] -> uint8 [...]. A NaN is taken for 0."""
@@ -73,7 +73,9 @@ KVTYPES = {
     t.name: t
     for t in (
         KvType("f16", 16, (), ()),
-        KvType("q8", 8, (8,), ()),
+        KvType("q8", 8, (8,), (), (1.0,)),
+        KvType("q6", 6, (4, 2), tuple(range(1, 64, 2)), (1.0,)),
+        KvType("q5", 5, (4, 1), tuple(range(1, 32, 2)), (1.0, 0.95, 0.9, 0.85, 0.8)),
         KvType("q4", 4, (4,), (3, 9, 15, 22, 29, 37, 48, 63)),
         KvType("q3", 3, (2, 1), (3, 9, 16, 26)),
         KvType("q2", 2, (2,), (3, 10)),
