@@ -188,7 +188,9 @@ KVMIX_API kvmix_status kvmix_session_get_stats(const kvmix_session *session, kvm
 typedef struct {
     const char *k_type, *v_type; /* "q4" */
     int32_t n_head_kv, d_k, d_v;
+    int32_t span;                /* positions that a token sees, itself included; 0 = all */
     uint64_t page_bytes;         /* 128 packed tokens of this layer */
+    uint64_t kv_bytes;           /* its part of the cache as allocated; with a span it does not grow with the context */
 } kvmix_layer_kv;
 KVMIX_API kvmix_status kvmix_session_get_layer(const kvmix_session *session, int32_t layer, kvmix_layer_kv *out);
 

@@ -372,11 +372,15 @@ kvmix_status kvmix_session_get_layer(const kvmix_session *s, int32_t layer, kvmi
     if (s == NULL || out == NULL) return null_argument("an argument");
     *out = (kvmix_layer_kv){0};
     KVM_TRY(check_range("layer", layer, 0, s->model->net.n_layer - 1));
-    const kvm_layer_layout *l = &kvm_cache_get_layout(s->cache)->layers[layer];
+    const kvm_cache_layout *layout = kvm_cache_get_layout(s->cache);
+    const kvm_layer_layout *l = &layout->layers[layer];
     const kvm_layer *weights = &s->model->layers[layer];
+    uint64_t n_f16 = (uint64_t)layout->n_f16[weights->group], n_packed = (uint64_t)layout->n_packed[weights->group];
     *out = (kvmix_layer_kv){.k_type = kvm_kvtypes[l->k_type].name, .v_type = kvm_kvtypes[l->v_type].name,
                             .n_head_kv = weights->n_head_kv, .d_k = weights->d_k, .d_v = weights->d_v,
-                            .page_bytes = l->packed_bytes};
+                            .span = weights->span, .page_bytes = l->packed_bytes,
+                            .kv_bytes = n_f16 * l->f16_bytes + n_packed * l->packed_bytes +
+                                        (uint64_t)layout->n_store * l->store_bytes};
     return KVMIX_OK;
 }
 

@@ -460,3 +460,13 @@ def test_shared_pages_count_once(model: kvmix.Model) -> None:
     assert shared < 0.05 * before.kv_used_bytes  # its own sinks and balance
     fork.close()
     assert session.stats == before
+
+
+def test_layers_share_out_the_cache(model: kvmix.Model) -> None:
+    """And only layers that see all grow with the context."""
+    small, large = (open_session(model, n_ctx=n_ctx) for n_ctx in (8192, 16384))
+    for session in (small, large):
+        assert sum(layer.kv_bytes for layer in session.layers) == session.stats.kv_bytes
+    grown = [a.kv_bytes < b.kv_bytes for a, b in zip(small.layers, large.layers, strict=True)]
+    assert grown == [layer.span == 0 for layer in small.layers]
+    assert {layer.span for layer in small.layers} == ({0, 200} if model.info.arch == "gemma3" else {0})

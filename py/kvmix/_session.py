@@ -96,7 +96,9 @@ class LayerKV:
     n_head_kv: int
     d_k: int
     d_v: int
+    span: int  # positions that a token sees, itself included; 0 = all
     page_bytes: int  # 128 packed tokens of this layer
+    kv_bytes: int  # its part of the cache as allocated; with a span it does not grow with the context
 
 
 @dataclass(frozen=True, slots=True)

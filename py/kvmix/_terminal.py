@@ -108,12 +108,17 @@ def rate(n: int, seconds: float) -> str:
 def model_lines(name: str, model: Model, session: Session, context: Context) -> str:
     info, stats = model.info, session.stats
     fits = f"at least {context.n_trained} fit" if context.n_fits >= context.n_trained else f"{context.n_fits} fit"
+    sliding = [layer for layer in session.layers if layer.span]
+    slide = ""
+    if sliding:
+        slide = f" | {len(sliding)} of {info.n_layer} layers slide over {sliding[0].span} tokens: "
+        slide += f"{mib(sum(layer.kv_bytes for layer in sliding))} of it, whatever the context"
     return (
         f"{name}: {info.arch}, {info.n_params / 1e6:.0f} M parameters, {mib(info.weight_bytes)} ({info.weights}), "
         f"{stats.n_threads} threads\n"
         f"context {stats.n_ctx} (trained {context.n_trained}, {fits}) | "
         f"KV {stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}: "
-        f"{mib(stats.kv_bytes)}, {stats.bits_full:.1f} bits/value when full"
+        f"{mib(stats.kv_bytes)}, {stats.bits_full:.1f} bits/value when full{slide}"
     )
 
 
@@ -122,7 +127,7 @@ def kv_table(session: Session) -> str:
     rows: list[tuple[int, int, str]] = []
     for i, layer in enumerate(session.layers):
         page = f"{layer.page_bytes} bytes for 128 tokens ({layer.n_head_kv} heads of {layer.d_k} and {layer.d_v})"
-        text = f"K {layer.k_type:4} V {layer.v_type:4} {page}"
+        text = f"K {layer.k_type:4} V {layer.v_type:4} {page}" + (f", span {layer.span}" if layer.span else "")
         if rows and rows[-1][2] == text:
             rows[-1] = (rows[-1][0], i, text)
         else:
