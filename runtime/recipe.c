@@ -78,7 +78,12 @@ static kvmix_status take_pair(cursor *c, uint8_t *k, uint8_t *v) {
     skip_spaces(c);
     if (*c->at != 'k') { /* a bare type name */
         size_t n = strcspn(c->at, " ,;:");
-        KVM_TRY(type_from_name(c->at, n, "recipe", k));
+        kvm_kvtype type;
+        if (!kvm_kvtype_from_name(c->at, n, &type)) {
+            return kvm_fail(KVMIX_ARG, "recipe '%.200s': '%.*s' is no KV type (there are %s) and no pair; a recipe looks "
+                            "like k4v3 or k4v3,0-1:k8v4", c->text, (int)kvm_min((int32_t)n, 32), c->at, type_names());
+        }
+        *k = (uint8_t)type;
         *v = *k;
         c->at += n;
         return KVMIX_OK;

@@ -17,7 +17,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
     session, fork = names["s"], names["f"]
-    assert session.length == min(100, fork.length)  # type: ignore[attr-defined]
+    assert session.length == 20 < fork.length  # type: ignore[attr-defined]
     assert session.stats.recipe == "k4v3"  # type: ignore[attr-defined]
 
 

@@ -151,7 +151,7 @@ static void test_invalid(void) {
         {"k4x3", "'v' is missing at character 3"},
         {"k4v3x", "left over at character 5"},
         {"k4v3 k8v8", "left over at character 6"},
-        {"K4V3", "'K4V3' is no KV type; there are f16 q8 q6 q5 q4 q3 q2"},
+        {"K4V3", "'K4V3' is no KV type (there are f16 q8 q6 q5 q4 q3 q2) and no pair; a recipe looks like k4v3"},
         {"q7", "'q7' is no KV type"},
         {"k7v3", "no type of 7 bits"},
         {"k16v3", "no type of 16 bits"},
