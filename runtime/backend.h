@@ -82,7 +82,7 @@ typedef struct {
 
 typedef struct {
     int32_t window, sink;
-    bool balance_page, strict;
+    bool balance_page;
     int32_t n_layer, n_group;
     const kvm_layer_layout *layers;         /* [n_layer] */
     const int32_t *n_f16, *n_packed;        /* pages in the pools of each group [n_group] */
@@ -151,7 +151,6 @@ typedef struct {
     void (*close)(kvm_backend *backend);
     /* what open() allocated: equal to what the layout and workspace_bytes() predict */
     void (*allocated)(const kvm_backend *backend, uint64_t *cache_bytes, uint64_t *workspace_bytes);
-    int32_t (*n_threads)(const kvm_backend *backend);
 
     /* hidden[row] = embedding of its token */
     kvmix_status (*embed)(kvm_backend *backend, const kvm_plan *plan);

@@ -12,6 +12,9 @@ kvmix_status kvm_fail(kvmix_status status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(last_error, sizeof last_error, format, args);
     va_end(args);
+    for (char *c = last_error; *c != 0; c++) { /* names out of a file must not steer the terminal that shows them */
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    }
     return status;
 }
 

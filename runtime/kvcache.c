@@ -246,7 +246,7 @@ static kvmix_status describe_layers(kvm_cache *cache, const kvm_net *net, const 
 /* bytes that row n of a sequence reads of a group: sinks, balance, packed pages and the f16 window */
 static uint64_t read_bytes(const kvm_cache *cache, const group *g, int32_t n, uint64_t *n_values) {
     int32_t first_page = g->span > 0 ? kvm_max(0, n - g->span) / KVM_PAGE : 0;
-    int32_t cut = kvm_max(cut_of(cache, g, n) / KVM_PAGE, first_page);
+    int32_t cut = kvm_max(kvm_min(cut_of(cache, g, n) / KVM_PAGE, kvm_ceil_div(n, KVM_PAGE)), first_page);
     *n_values += (uint64_t)(n - first_page * KVM_PAGE) * (g->f16_value_bytes / 2);
     uint64_t bytes = (uint64_t)kvm_max(n - cut * KVM_PAGE, 0) * g->f16_value_bytes;
     return bytes + (uint64_t)(cut - first_page) * g->packed_bytes + (g->packs && cut > 0 ? g->store_bytes : 0);
@@ -293,7 +293,7 @@ kvmix_status kvm_cache_open(kvm_cache **out, const kvm_net *net, const kvm_recip
         goto fail;
     }
     cache->layout = (kvm_cache_layout){
-        .window = sizes->strict ? 0 : recipe->window, .sink = recipe->sink, .balance_page = recipe->balance_page, .strict = sizes->strict,
+        .window = sizes->strict ? 0 : recipe->window, .sink = recipe->sink, .balance_page = recipe->balance_page,
         .n_layer = net->n_layer, .n_group = cache->n_group, .layers = cache->layers, .n_f16 = cache->n_f16,
         .n_packed = cache->n_packed, .n_store = cache->n_slots};
     status = describe_layers(cache, net, recipe);

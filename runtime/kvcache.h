@@ -18,7 +18,8 @@
  *  6. cut(t) = 128 * floor((t - window) / 128), at least 0; strict: 128 * (floor(t / 128) + 1); 0 for ever in a group
  *     that has no packed type.
  *  7. A checkpoint is a prefix of its sequence: shortening the sequence below it drops it.
- *  8. begin() changes nothing that abort() does not undo; lengths and tokens change in commit() alone.
+ *  8. begin() changes nothing that abort() does not undo, but for stale packed forms (5) that it drops; lengths and
+ *     tokens change in commit() alone.
  *  9. Sinks and the frozen balance are a function of page 0, but stand in each sequence's store. A sequence whose cut
  *     passes page 0 after a sharer packed it gets a job for its store alone.
  */

@@ -6,7 +6,8 @@
  * kvmix_cancel(), which any thread may call.
  *
  * Every fallible call returns kvmix_status; the sentence that explains a failure is kvmix_last_error() of the same
- * thread. Results come through the first argument(s) and are NULL or 0 after a failure. Close functions accept NULL.
+ * thread. Objects and pointers come through the first argument, which is NULL after a failure; counts come through the
+ * last. Close functions accept NULL.
  * A session must be closed before its model. Structures with a `size` field are filled by their *_defaults()
  * function first, so that fields added later keep old callers working.
  *
@@ -152,12 +153,14 @@ typedef struct {
 /* Appends n_rows (1..n_batch) rows and runs the model. FULL when the context is full, CANCELLED, STATE when a logit
  * is not finite. After a failure the sequences are as they were before the call. */
 KVMIX_API kvmix_status kvmix_decode(kvmix_session *session, const kvmix_row *rows, int32_t n_rows);
-/* Logits [n_vocab] of the index-th row of the last decode that wanted them; valid until the next decode or sync. */
+/* Logits [n_vocab] of the index-th row of the last decode that wanted them; valid until the next decode, sync
+ * or truncate. */
 KVMIX_API kvmix_status kvmix_logits(const float **out, const kvmix_session *session, int32_t index);
 
 /* Makes sequence seq hold exactly tokens[0..n_tokens), reusing the longest common prefix, evaluating at most n_batch
- * tokens a call: call it again until *n_held == n_tokens; then kvmix_logits(,,0) is the last token's. FULL is
- * answered before anything is evaluated or dropped. */
+ * tokens a call: call it again until *n_held == n_tokens; then kvmix_logits(,,0) is the last token's. FULL comes before
+ * anything is evaluated or dropped when n_tokens exceeds n_ctx, else from the batch that finds the pages taken by other
+ * sequences; *n_held is what the sequence then holds. */
 KVMIX_API kvmix_status kvmix_sync(kvmix_session *session, int32_t seq, const int32_t *tokens, int32_t n_tokens,
                                   int32_t *n_held);
 /* Shortens a sequence to n_tokens. Exact for the last 128 tokens before the longest it has been; further back it goes

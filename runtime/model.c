@@ -11,7 +11,7 @@ typedef struct {
     const kvm_gguf *file;
     char prefix[64];      /* "llama" */
     uint64_t n_vectors;   /* floats needed for norms and biases, then handed out */
-    int32_t n_placed;     /* tensors that found their place */
+    bool *placed;         /* [n_tensors]: those that found their place */
 } loader;
 
 /* ---- hyper-parameters ---------------------------------------------------------------------------------------- */
@@ -161,14 +161,14 @@ static kvmix_status find_tensor(loader *l, const char *name, int64_t n_in, int64
     const kvm_gguf_tensor *t = *out = kvm_gguf_find(l->file, name);
     if (t == NULL) {
         if (optional) return KVMIX_OK;
-        return kvm_fail(KVMIX_FORMAT, "%s: the tensor %s is missing", kvm_gguf_name(l->file), name);
+        return kvm_fail(KVMIX_FORMAT, "%s: the tensor %s is missing; get the complete file", kvm_gguf_name(l->file), name);
     }
     if (t->dim[0] != (uint64_t)n_in || t->dim[1] != (uint64_t)n_out || t->dim[2] != 1 || t->dim[3] != 1) {
         return kvm_fail(KVMIX_FORMAT, "%s: the tensor %s is [%llu, %llu]; the hyper-parameters want [%lld, %lld]",
                         kvm_gguf_name(l->file), name, (unsigned long long)t->dim[0], (unsigned long long)t->dim[1],
                         (long long)n_in, (long long)n_out);
     }
-    l->n_placed++;
+    l->placed[t - kvm_gguf_tensor_at(l->file, 0)] = true;
     return KVMIX_OK;
 }
 
@@ -243,25 +243,11 @@ static kvmix_status place_tensors(loader *l) {
 
 /* a tensor that nothing asked for would silently be left out of the model */
 static kvmix_status refuse_strangers(const loader *l) {
-    if (l->n_placed == kvm_gguf_n_tensors(l->file)) return KVMIX_OK;
     for (int32_t i = 0; i < kvm_gguf_n_tensors(l->file); i++) {
+        if (l->placed[i]) continue;
         kvm_text name = kvm_gguf_tensor_at(l->file, i)->name;
-        char text[80], *rest = text;
-        snprintf(text, sizeof text, "%.*s", (int)name.n_bytes, name.data);
-        bool known = !strcmp(text, "token_embd.weight") || !strcmp(text, "output_norm.weight") ||
-                     !strcmp(text, "output.weight") ||
-                     (!strcmp(text, ROPE_FREQS) && is_allowed(l->model->arch, KVM_HAS_ROPE_FREQS));
-        long layer = -1;
-        if (strncmp(text, "blk.", 4) == 0) layer = strtol(text + 4, &rest, 10);
-        if (layer >= 0 && layer < l->model->net.n_layer && *rest == '.') {
-            for (int32_t r = 0; r < kvm_n_roles; r++) {
-                known |= strcmp(rest + 1, kvm_roles[r].name) == 0 && is_allowed(l->model->arch, kvm_roles[r].set);
-            }
-        }
-        if (!known) {
-            return kvm_fail(KVMIX_UNSUPPORTED, "%s: the tensor %s has no place in the family %s as this build runs it",
-                            kvm_gguf_name(l->file), text, l->model->arch->name);
-        }
+        return kvm_fail(KVMIX_UNSUPPORTED, "%s: the tensor %.*s has no place in the family %s as this build runs it",
+                        kvm_gguf_name(l->file), (int)name.n_bytes, name.data, l->model->arch->name);
     }
     return KVMIX_OK;
 }
@@ -307,6 +293,8 @@ static kvmix_status load(loader *l, const char *path, bool use_mmap) {
     kvmix_model *m = l->model;
     KVM_TRY(kvm_gguf_open(&m->file, path, use_mmap));
     l->file = m->file;
+    l->placed = kvm_alloc_zero((uint64_t)kvm_gguf_n_tensors(m->file), sizeof *l->placed);
+    if (l->placed == NULL) return kvm_fail(KVMIX_NOMEM, "no memory for %d tensors", kvm_gguf_n_tensors(m->file));
     KVM_TRY(find_arch(l));
     KVM_TRY(kvm_tokenizer_open(&m->tokenizer, m->file));
     KVM_TRY(read_hyperparameters(l));
@@ -326,6 +314,7 @@ kvmix_status kvm_model_open(kvmix_model **out, const char *path, bool use_mmap) 
     if (model == NULL) return kvm_fail(KVMIX_NOMEM, "no memory for a model");
     loader l = {.model = model};
     kvmix_status status = load(&l, path, use_mmap);
+    free(l.placed);
     if (status != KVMIX_OK) {
         kvm_model_close(model);
         return status;

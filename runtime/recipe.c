@@ -251,10 +251,10 @@ kvmix_status kvm_recipe_resolve(kvm_recipe *out, const kvm_gguf *file, int32_t n
     out->sink = DEFAULT_SINK;
     if (n_layer < 1 || n_layer > KVM_LAYER_MAX) return kvm_fail(KVMIX_ARG, "%d layers; 1 to 1024 are possible", n_layer);
     KVM_TRY(resolve_types(out, file, options));
-    int64_t version;
+    int64_t version = 0;
     bool use_file; /* an unknown version was refused above, unless --kv was the way past it */
-    KVM_TRY(kvm_gguf_get_int(file, "kvmix.version", 0, INT64_MAX, &version, &use_file));
-    use_file = use_file && version == RECIPE_VERSION;
+    kvmix_status status = kvm_gguf_get_int(file, "kvmix.version", 0, INT64_MAX, &version, &use_file);
+    use_file = status == KVMIX_OK && use_file && version == RECIPE_VERSION;
     KVM_TRY(resolve_int(file, "kvmix.window", options->window, KVM_WINDOW_MAX, use_file, &out->window));
     KVM_TRY(resolve_int(file, "kvmix.sink", options->sink, KVM_SINK_MAX, use_file, &out->sink));
     if (options->balance_page >= 0) {

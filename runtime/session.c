@@ -159,10 +159,10 @@ static kvmix_status check_backend(const kvm_backend_ops *ops, const kvmix_model 
 static kvmix_status prepare(kvmix_session *s, const kvmix_session_options *options, kvmix_memory *memory) {
     KVM_TRY(resolve_options(s->model, options, &s->options));
     KVM_TRY(kvm_recipe_resolve(&s->recipe, s->model->file, s->model->net.n_layer, &s->options));
-    KVM_TRY(check_backend(s->ops, s->model, &s->recipe));
     kvm_cache_sizes sizes = {.n_ctx = s->options.n_ctx, .n_batch = s->options.n_batch, .n_seq = s->options.n_seq_max,
                              .n_checkpoint = s->options.n_checkpoint, .strict = s->options.strict != 0};
-    KVM_TRY(kvm_cache_open(&s->cache, &s->model->net, &s->recipe, &sizes));
+    KVM_TRY(kvm_cache_open(&s->cache, &s->model->net, &s->recipe, &sizes)); /* refuses head sizes, with the limits */
+    KVM_TRY(check_backend(s->ops, s->model, &s->recipe));
     kvm_cache_bytes bytes = kvm_cache_get_bytes(s->cache);
     kvm_backend_options backend = backend_options(&s->options);
     *memory = (kvmix_memory){.n_ctx = s->options.n_ctx, .n_threads = s->options.n_threads, .kv_bytes = bytes.total_bytes,
@@ -215,8 +215,8 @@ static kvmix_status open_backend(kvmix_session *s, const kvmix_memory *memory) {
 }
 
 kvmix_status kvmix_session_open(kvmix_session **out, const kvmix_model *model, const kvmix_session_options *options) {
+    if (out != NULL) *out = NULL;
     if (out == NULL || model == NULL || options == NULL) return null_argument("an argument");
-    *out = NULL;
     kvmix_session *s;
     KVM_TRY(new_session(&s, model));
     kvmix_memory memory;
@@ -288,8 +288,8 @@ kvmix_status kvmix_decode(kvmix_session *s, const kvmix_row *rows, int32_t n_row
 }
 
 kvmix_status kvmix_logits(const float **out, const kvmix_session *s, int32_t index) {
+    if (out != NULL) *out = NULL;
     if (out == NULL || s == NULL) return null_argument("an argument");
-    *out = NULL;
     if (index < 0 || index >= s->n_logits) {
         return kvm_fail(KVMIX_STATE, "there are no logits %d; the last decode left %d rows of them", index, s->n_logits);
     }
@@ -303,6 +303,7 @@ kvmix_status kvmix_truncate(kvmix_session *s, int32_t seq, int32_t n_tokens, int
     if (n_held == NULL) return null_argument("n_held");
     *n_held = kvm_cache_length(s->cache, seq);
     KVM_TRY(check_range("n_tokens", n_tokens, 0, 1 << 24));
+    s->n_logits = 0;
     kvm_copy_job store;
     kvm_cache_truncate(s->cache, seq, n_tokens, n_held, &store);
     return store.from < 0 ? KVMIX_OK : s->ops->copy_store(s->backend, store.from, store.to);
@@ -327,7 +328,7 @@ kvmix_status kvmix_sync(kvmix_session *s, int32_t seq, const int32_t *tokens, in
     KVM_TRY(check_seq(s, seq));
     if (n_held == NULL || (tokens == NULL && n_tokens > 0)) return null_argument("an argument");
     *n_held = kvm_cache_length(s->cache, seq);
-    if (n_tokens < 0) return kvm_fail(KVMIX_ARG, "n_tokens is %d", n_tokens);
+    if (n_tokens < 0) return kvm_fail(KVMIX_ARG, "n_tokens is %d; it takes 0 and more", n_tokens);
     if (n_tokens > s->options.n_ctx) {
         return kvm_fail(KVMIX_FULL, "%d tokens do not fit the context of %d; shorten the text or open the session with a "
                         "larger context (-c)", n_tokens, s->options.n_ctx);
@@ -393,8 +394,8 @@ void kvmix_sampling_defaults(kvmix_sampling *params) {
 }
 
 kvmix_status kvmix_sampler_open(kvmix_sampler **out, const kvmix_model *model, const kvmix_sampling *params) {
+    if (out != NULL) *out = NULL;
     if (out == NULL || model == NULL || params == NULL) return null_argument("an argument");
-    *out = NULL;
     if (params->size != sizeof *params) {
         return kvm_fail(KVMIX_ARG, "params.size is %u, not %zu: fill them with kvmix_sampling_defaults of this library",
                         params->size, sizeof *params);

@@ -884,7 +884,10 @@ static void index_bytes(kvm_tokenizer *t) {
         snprintf(spelling, sizeof spelling, "<0x%02X>", byte);
         int32_t id = find_text(t, spelling, 6);
         if (id < 0 || !(t->attr[id] & KVMIX_TOKEN_BYTE)) id = find_plain(t, &(char){(char)byte}, 1);
-        t->byte_token[byte] = id >= 0 ? id : t->specials.unk;
+        if (id < 0 && t->specials.unk >= 0 && !(t->attr[t->specials.unk] & (KVMIX_TOKEN_CONTROL | KVMIX_TOKEN_END))) {
+            id = t->specials.unk; /* one that a text may hold: never a control token */
+        }
+        t->byte_token[byte] = id;
     }
 }
 

@@ -521,10 +521,8 @@ static void allocated(const kvm_backend *b, uint64_t *cache_bytes, uint64_t *wor
     *workspace = b->workspace_bytes;
 }
 
-static int32_t n_threads(const kvm_backend *b) { return kvm_pool_size(b->pool); }
-
 const kvm_backend_ops kvm_cpu_backend = {
     .name = "cpu", .kernels = kernels_name, .can_weight = can_weight, .can_attend = can_attend, .workspace_bytes = workspace_bytes, .open = open,
-    .close = close, .allocated = allocated, .n_threads = n_threads, .embed = embed, .attn_in = attn_in,
+    .close = close, .allocated = allocated, .embed = embed, .attn_in = attn_in,
     .pack = kvm_cpu_pack, .attend = kvm_cpu_attend, .attn_out = attn_out, .ffn = ffn, .head = head, .logits = logits,
     .copy_store = copy_store};
