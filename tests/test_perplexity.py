@@ -30,12 +30,13 @@ KEYS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model.gguf, spm.gguf (a file that asks for a BOS) and text.txt."""
+    """model.gguf, spm.gguf (a file that asks for a BOS), text.txt, and binary.txt, which is no text."""
     folder = tmp_path_factory.mktemp("perplexity")
     tiny.write_model(folder / "model.gguf", n_ctx=2048)
     tiny.write_model(folder / "spm.gguf", n_ctx=2048, spm=True)
     rng = np.random.default_rng(5)
     (folder / "text.txt").write_text(" ".join(rng.choice(WORDS, 1500)))
+    (folder / "binary.txt").write_bytes(b"the hello \xff" + 2000 * b"world ")
     return folder
 
 
@@ -216,6 +217,7 @@ def test_the_table_names_what_was_compared(folder: Path) -> None:
         (("model.gguf", "nothing.txt"), 1, "nothing.txt"),
         (("nothing.gguf", "text.txt"), 1, "nothing.gguf"),
         (("model.gguf", "."), 1, "cannot read the text"),
+        (("model.gguf", "binary.txt"), 1, "binary.txt is not valid UTF-8 at its byte 10"),
         (("model.gguf", "text.txt", "-c", "100000"), 1, "one chunk has 100000"),
         (("model.gguf", "text.txt", "-c", "2"), 1, "-c 4"),
         (("model.gguf", "text.txt", "--kv", "k9v9"), 1, "9"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +84,11 @@ def test_tokens_give_the_text_back(model: kvmix.Model, text: str | bytes) -> Non
     assert model.detokenize(tokens) == data.decode("utf-8", "replace")
 
 
-def test_a_surrogate_escape_is_its_byte(model: kvmix.Model) -> None:
-    assert model.tokenize("a\udcffb") == model.tokenize(b"a\xffb")
-    with pytest.raises(kvmix.ArgumentError, match="not Unicode"):
-        model.tokenize("\ud800")
+@pytest.mark.parametrize("text", ["ab\udcffc", "ab\ud800"])
+def test_half_a_surrogate_pair_is_refused(model: kvmix.Model, text: str) -> None:
+    for use in (model.tokenize, model.metadata, lambda kv: model.session(kv=kv)):
+        with pytest.raises(kvmix.ArgumentError, match="not Unicode, at its character 2"):
+            use(text)
 
 
 def test_control_tokens_are_recognized_where_trusted(model: kvmix.Model) -> None:
@@ -150,17 +152,48 @@ def test_layers_and_stats_name_the_types(model: kvmix.Model) -> None:
         ({"n_seq_max": 0}, "n_seq_max"),
         ({"sink": 65}, "sink"),
         ({"kv": "k4\0v3"}, "NUL"),
+        ({"kv": 3}, "kv must be str, not 3"),
+        ({"n_ctx": "a"}, "n_ctx takes a whole number of 32 bits, not 'a'"),
+        ({"n_threads": 1.5}, "n_threads takes a whole number of 32 bits, not 1.5"),
+        ({"memory_limit": -1}, "memory_limit takes a whole number of 64 bits, from 0 up, not -1"),
+        ({"n_contexts": 3}, "unknown option n_contexts; did you mean n_ctx?"),
+        ({"zzz": 3}, "unknown option zzz; there are n_ctx, kv, .*kv_default"),
     ],
     ids=lambda value: str(value).replace("\0", "NUL"),
 )
 def test_a_bad_option_is_named(model: kvmix.Model, options: dict[str, object], sentence: str) -> None:
     with pytest.raises(kvmix.ArgumentError, match=sentence):
         model.session(**options)
+    with pytest.raises(kvmix.ArgumentError, match=sentence):
+        model.plan(**options)
 
 
-def test_an_unknown_option_is_a_type_error(model: kvmix.Model) -> None:
-    with pytest.raises(TypeError, match="n_contexts"):
-        model.session(n_contexts=3)
+@pytest.mark.parametrize(
+    ("misuse", "sentence"),
+    [
+        (lambda s: s.chat("hi"), "messages are a list of .*, not 'hi'"),
+        (lambda s: s.chat(["hi"]), "messages are a list of"),
+        (lambda s: s.chat([], temperature=0.5), "unknown option temperature; did you mean temp?"),
+        (lambda s: s.chat([], max_tokens=-2), "max_tokens -2"),
+        (lambda s: s.generate(max_tokens="a"), "max_tokens 'a'"),
+        (lambda s: s.generate(temp="a"), "temp takes a number, not 'a'"),
+        (lambda s: s.decode([1, 2, 3]), r"decode takes rows, not 1: give Row\(token\)"),
+        (lambda s: s.decode([Row("a")]), "token takes a whole number of 32 bits, not 'a'"),
+        (lambda s: s.decode([Row(1, session=3)]), "decode only its forks"),
+        (lambda s: s.rewind("a"), "cannot rewind to 'a' tokens: the session holds 2"),
+        (lambda s: s.sync("text"), "tokens are ids, not text"),
+        (lambda s: s.sync([1.5]), "tokens are whole numbers"),
+        (lambda s: s.logits_view("a"), "index takes a whole number"),
+        (lambda s: s.model.tokenize(3), "text must be str, not 3"),
+        (lambda s: s.model.token_attr(2**40), "token takes a whole number of 32 bits"),
+    ],
+)
+def test_misuse_is_one_sentence(model: kvmix.Model, misuse: Callable[[kvmix.Session], object], sentence: str) -> None:
+    session = model.session(n_ctx=64)
+    session.sync([1, 2])
+    with pytest.raises(kvmix.ArgumentError, match=sentence):
+        misuse(session)
+    assert session.tokens == [1, 2]
 
 
 def test_sync_evaluates_only_what_is_new(model: kvmix.Model) -> None:
@@ -405,7 +438,7 @@ def test_generate_checks_its_arguments_at_once(model: kvmix.Model) -> None:
     session.sync([1])
     with pytest.raises(kvmix.ArgumentError, match="max_tokens -2"):
         session.generate(max_tokens=-2)
-    with pytest.raises(TypeError, match="temperature"):
+    with pytest.raises(kvmix.ArgumentError, match="temperature; did you mean temp"):
         session.generate(temperature=1.0)
 
 
@@ -445,6 +478,100 @@ def test_an_interrupt_leaves_tokens_and_cache_together(model: kvmix.Model) -> No
         session.sync(ids, progress=interrupt)
     assert session.tokens == ids[:96]
     assert session.sync(ids) == 404
+
+
+# ---- one at a time --------------------------------------------------------------------------------------------------
+
+
+HELLO, WORLD = ([{"role": "user", "content": text}] for text in ("hello", "the world"))
+
+
+@pytest.mark.parametrize("first", ["chat", "generate"])
+@pytest.mark.parametrize("second", ["chat", "generate"])
+def test_a_second_answer_waits_for_the_first(model: kvmix.Model, first: str, second: str) -> None:
+    def start(session: kvmix.Session, kind: str, messages: list[dict[str, str]]) -> Generator[object, None, None]:
+        sampling = kvmix.Sampling(temp=0.0)
+        return session.chat(messages, sampling, max_tokens=6) if kind == "chat" else session.generate(sampling, 6)
+
+    undisturbed, session = (model.session(n_ctx=256, act="f32") for _ in range(2))
+    for each in (undisturbed, session):
+        each.sync([1, 2, 3])
+    expected = list(start(undisturbed, first, HELLO))
+    answer, other = start(session, first, HELLO), start(session, second, WORLD)
+    pieces = [next(answer)]
+    with pytest.raises(kvmix.StateError, match=r"finish or close that generator, or fork\(\)"):
+        next(other)
+    with session.fork() as fork:  # its tokens may come between
+        next(start(fork, second, WORLD))
+    assert pieces + list(answer) == expected
+    answer = start(session, first, HELLO)
+    next(answer)
+    answer.close()
+    assert next(start(session, second, WORLD))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s, fork: s.sync([1, 2, 3]),
+        lambda s, fork: fork.decode([Row(1)]),
+        lambda s, fork: list(s.chat(HELLO, max_tokens=2)),
+        lambda s, fork: s.rewind(0),
+        lambda s, fork: s.fork(),
+        lambda s, fork: s.model.close(),
+    ],
+    ids=["sync", "decode", "chat", "rewind", "fork", "close"],
+)
+def test_a_second_thread_is_refused_while_one_is_inside(
+    path: Path, call: Callable[[kvmix.Session, kvmix.Session], object]
+) -> None:
+    session = kvmix.Model(path).session(n_ctx=512, n_batch=32, n_seq_max=3)
+    fork = session.fork()
+    refused: list[kvmix.StateError] = []
+
+    def intrude() -> None:
+        try:
+            call(session, fork)
+        except kvmix.StateError as error:
+            refused.append(error)
+
+    def in_between(held: int, total: int) -> None:
+        if held == 64:
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+
+    ids = text_ids(session.model, 100)
+    assert session.sync(ids, progress=in_between) == 100
+    assert session.tokens == ids and len(refused) == 1 and "another thread" in str(refused[0])
+    fork.decode([Row(1)])
+    assert fork.tokens == [1]
+
+
+def test_two_threads_in_one_chat_get_no_mixture(model: kvmix.Model) -> None:
+    session = model.session(n_ctx=512, act="f32")
+    expected = "".join(session.chat(HELLO, temp=0.0, max_tokens=20))
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            answers.append("".join(session.chat(HELLO, temp=0.0, max_tokens=20)))
+        except kvmix.StateError:
+            answers.append("refused")
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert expected in answers and set(answers) <= {expected, "refused"}
+
+
+def test_progress_may_close_the_model(path: Path) -> None:
+    model = kvmix.Model(path)
+    session = model.session(n_ctx=512, n_batch=32)
+    with pytest.raises(kvmix.StateError, match="closed"):
+        session.sync([1] * 100, progress=lambda held, total: model.close())
 
 
 # ---- lifetimes ------------------------------------------------------------------------------------------------------

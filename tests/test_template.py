@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import time
 from datetime import datetime
 
@@ -190,6 +191,12 @@ def test_the_process_is_replaced_and_out_of_ctrl_cs_reach() -> None:
     process.kill()
     process.wait()
     assert render(NAMED["chatml"], TALK).text.startswith(b"<|im_start|>user")
+
+
+def test_a_process_that_dies_is_not_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(TemplateError, match="has died, perhaps for want of memory"):
+        _template._Worker()
 
 
 def test_system_text_goes_where_the_template_has_a_place_for_it() -> None:

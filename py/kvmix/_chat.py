@@ -91,8 +91,8 @@ class Chat:
         n_ctx = self.session.stats.n_ctx
         if len(tokens) >= n_ctx:
             raise ContextFull(
-                f"the conversation has {len(tokens)} tokens and the context holds {n_ctx}: shorten it, "
-                "start anew, or open a larger context (-c)"
+                f"the conversation has {len(tokens)} tokens, the context holds {n_ctx}, and an answer needs room for "
+                "one more at least: shorten it, start anew, or open a larger context (-c)"
             )
         turn.n_prompt = len(tokens)
         turn.thinking = prompt.text.rstrip().endswith(b"<think>")

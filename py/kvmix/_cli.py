@@ -1,12 +1,14 @@
 """What the commands share: flags with llama.cpp's spellings, models by name or path, errors as exit codes.
 
-A command is `def main(argv) -> int`, run as sys.exit(run(main)). Exit codes: 0, 1 for a KvmixError (one sentence on
-stderr), 2 for a wrong command line, 130 after Ctrl-C, 141 when the reader of a pipe went away.
+A command is `def main(argv) -> int`, run as sys.exit(run(main)). Exit codes: 0, 1 for a KvmixError or output that
+cannot be written (one sentence on stderr), 2 for a wrong command line, 130 after Ctrl-C, 141 when the reader of a pipe
+went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -14,12 +16,14 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from . import catalog
 from .errors import ArgumentError, KvmixError
 
 PROGRAM = "kvmix"
+N_CTX_MAX = 1 << 24  # the library's limits, also of a window
 
 
 def note(text: str) -> None:
@@ -32,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--version", action=Version, help="say which version this is, and leave")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -57,6 +62,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class Version(argparse.Action):
+    """Asks the library, which is loaded only then."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from . import _native
+
+        print(f"{PROGRAM} {_native.version()}")
+        parser.exit()
+
+
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
@@ -70,14 +88,20 @@ def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
-def number(low: float, high: float = math.inf) -> Callable[[str], float]:
+def number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """A number from low to high; `above`: low itself is too low."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g}..{high:g}")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if value < low or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not " + ("above" if above else "at least") + f" {low:g}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{text} is above {high:g}")
         return value
 
     return parse
@@ -93,7 +117,9 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 
 def add_kv_args(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("running")
-    run.add_argument("-c", "--ctx-size", type=integer(0), metavar="N", help="context in tokens; 0 = the trained one")
+    run.add_argument(
+        "-c", "--ctx-size", type=integer(0, N_CTX_MAX), metavar="N", help="context in tokens; 0 = the trained one"
+    )
     run.add_argument("-t", "--threads", type=integer(1, 1024), metavar="N", help="threads (default: all cores)")
     run.add_argument(
         "-b", "--batch-size", type=integer(1), default=2048, metavar="N", help="as -ub; the smaller of both counts"
@@ -110,7 +136,7 @@ def add_kv_args(parser: argparse.ArgumentParser) -> None:
     kv.add_argument("-ctk", "--cache-type-k", metavar="TYPE", help="type of all keys: f16 q8 q4 q3 q2")
     kv.add_argument("-ctv", "--cache-type-v", metavar="TYPE", help="type of all values")
     kv.add_argument("--kv", metavar="RECIPE", help="types by layer, as k4v3 or k4v3,0-1:k8v4")
-    kv.add_argument("--window", type=integer(0), metavar="N", help="recent tokens kept in f16")
+    kv.add_argument("--window", type=integer(0, N_CTX_MAX), metavar="N", help="recent tokens kept in f16")
     kv.add_argument("--sink", type=integer(0, 64), metavar="N", help="first tokens kept in f16")
 
 
@@ -147,21 +173,55 @@ def model_name(args: argparse.Namespace) -> str | None:
     return name
 
 
+def mention_long_context(n_ctx: int, n_trained: int) -> None:
+    if n_ctx > n_trained:
+        note(
+            f"a context of {n_ctx} tokens is more than the model was trained for ({n_trained}): what it says may worsen"
+        )
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Ctrl-C ends the command."""
+    ignore_interrupts()
+    raise KeyboardInterrupt
+
+
+def ignore_interrupts() -> None:
+    """On the way out: a Ctrl-C while things are being closed would only leave its traces."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def run(main: Callable[[Sequence[str] | None], int]) -> int:
+    signal.signal(signal.SIGINT, interrupt)
     # a closed descriptor (>&-) leaves None here; output then goes nowhere, and quietly
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
-        code = main(None)
-        sys.stdout.flush()
-        return code
+        try:
+            code = main(None)
+            sys.stdout.flush()
+            return code
+        finally:
+            ignore_interrupts()
     except KvmixError as e:
         note(f"error: {e}")
         return 1
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not kill the way out
         return 130
     except BrokenPipeError:
-        # the interpreter flushes once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        write_nowhere()
         return 141
+    except OSError as e:
+        if e.filename is not None:  # then it is no write that failed
+            raise
+        with contextlib.suppress(OSError):  # stderr may be what cannot be written
+            note(f"error: the output cannot be written: {e.strerror or e}")
+        write_nowhere()
+        return 1
+
+
+def write_nowhere() -> None:
+    """The interpreter flushes once more at exit, and must not fail at it again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())

