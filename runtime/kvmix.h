@@ -153,8 +153,8 @@ typedef struct {
 /* Appends n_rows (1..n_batch) rows and runs the model. FULL when the context is full, CANCELLED, STATE when a logit
  * is not finite. After a failure the sequences are as they were before the call. */
 KVMIX_API kvmix_status kvmix_decode(kvmix_session *session, const kvmix_row *rows, int32_t n_rows);
-/* Logits [n_vocab] of the index-th row of the last decode that wanted them; valid until the next decode, sync
- * or truncate. */
+/* Logits [n_vocab] of the index-th row of the last decode that wanted them; valid until the next decode or
+ * sync. */
 KVMIX_API kvmix_status kvmix_logits(const float **out, const kvmix_session *session, int32_t index);
 
 /* Makes sequence seq hold exactly tokens[0..n_tokens), reusing the longest common prefix, evaluating at most n_batch

@@ -303,7 +303,6 @@ kvmix_status kvmix_truncate(kvmix_session *s, int32_t seq, int32_t n_tokens, int
     if (n_held == NULL) return null_argument("n_held");
     *n_held = kvm_cache_length(s->cache, seq);
     KVM_TRY(check_range("n_tokens", n_tokens, 0, 1 << 24));
-    s->n_logits = 0;
     kvm_copy_job store;
     kvm_cache_truncate(s->cache, seq, n_tokens, n_held, &store);
     return store.from < 0 ? KVMIX_OK : s->ops->copy_store(s->backend, store.from, store.to);
@@ -334,6 +333,7 @@ kvmix_status kvmix_sync(kvmix_session *s, int32_t seq, const int32_t *tokens, in
                         "larger context (-c)", n_tokens, s->options.n_ctx);
     }
     for (int32_t i = 0; i < n_tokens; i++) KVM_TRY(check_token(s->model, tokens[i]));
+    s->n_logits = 0;
     const int32_t *held = kvm_cache_tokens(s->cache, seq);
     int32_t same = 0, most = kvm_min(*n_held, kvm_max(n_tokens - 1, 0)); /* the last token's logits are wanted */
     while (same < most && held[same] == tokens[same]) same++;

@@ -470,3 +470,12 @@ def test_layers_share_out_the_cache(model: kvmix.Model) -> None:
     grown = [a.kv_bytes < b.kv_bytes for a, b in zip(small.layers, large.layers, strict=True)]
     assert grown == [layer.span == 0 for layer in small.layers]
     assert {layer.span for layer in small.layers} == ({0, 200} if model.info.arch == "gemma3" else {0})
+
+
+def test_logits_are_those_of_the_last_token(llama: kvmix.Model) -> None:
+    session = open_session(llama, n_logits=4)
+    session.decode([Row(5, want_logits=True), Row(6)])
+    with pytest.raises(kvmix.StateError, match="no logits for the last token"):
+        _ = session.logits
+    session.decode([Row(7, want_logits=True), Row(8, want_logits=True)])
+    assert np.array_equal(session.logits, session.logits_view(1))

@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import jinja2.sandbox
@@ -175,18 +176,18 @@ def test_renderings_are_many_in_one_process() -> None:
     """The limit of 2 s of CPU is for one rendering, not for the process's life."""
     slow = "{% for i in range(99999) %}{% for j in range(20) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     render(NAMED["chatml"], TALK)
-    pid = _template._worker().process.pid
+    pid = _template._running[0].process.pid
     spent = 0.0
     while spent < 3.6:
         start = time.monotonic()
         render(slow, TALK)
         spent += time.monotonic() - start
-    assert _template._worker().process.pid == pid
+    assert _template._running[0].process.pid == pid
 
 
 def test_the_process_is_replaced_and_out_of_ctrl_cs_reach() -> None:
     render(NAMED["chatml"], TALK)
-    process = _template._worker().process
+    process = _template._running[0].process
     assert os.getpgid(process.pid) != os.getpgrp()
     process.kill()
     process.wait()
@@ -253,3 +254,30 @@ def test_template_sources(tmp_path: object) -> None:
     assert template_source(path) == "{{ 1 }}"
     with pytest.raises(ArgumentError, match="chatml, llama3"):
         template_source("chatmi")
+
+
+def test_threads_get_their_own_replies() -> None:
+    """The worker is one process: requests and replies must not cross."""
+
+    def render(name: str) -> bool:
+        template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}" + name)
+        wanted = [f"{name}{i}{name}".encode() for i in range(30)]
+        return [template.render([{"role": "user", "content": f"{name}{i}"}]).text for i in range(30)] == wanted
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(render, "ABCD")) == [True] * 4
+
+
+def test_an_interrupted_rendering_leaves_no_reply_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, other = ChatTemplate("quick"), ChatTemplate("other")
+    assert quick.render(TALK).text == b"quick"
+
+    def interrupted(*_args: object) -> None:
+        time.sleep(0.3)  # the reply is there by now, unread
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_template.select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quick.render(TALK)
+    assert other.render(TALK).text == b"other"

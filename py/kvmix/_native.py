@@ -289,11 +289,11 @@ def sampler_open(model: ModelHandle, values: Mapping[str, Any]) -> SamplerHandle
     _lib.kvmix_sampling_defaults(params)
     _assign(params, values)
     _call(_lib.kvmix_sampler_open, out, model, params)
-    return SamplerHandle(out[0])
+    return SamplerHandle(_ffi.gc(out[0], _lib.kvmix_sampler_close))  # also for a generator that is never started
 
 
 def sampler_close(sampler: SamplerHandle) -> None:
-    _lib.kvmix_sampler_close(sampler)
+    _ffi.release(sampler)
 
 
 def sampler_accept(sampler: SamplerHandle, token: int) -> None:

@@ -320,7 +320,8 @@ class Session:
                 session._ids = held
             core.logit_seqs = []
             _native.decode(handle, native_rows)
-            core.logit_seqs = [seq for _, seq, _, want_logits in native_rows if want_logits]
+            last = {seq: pos for _, seq, pos, _ in native_rows}
+            core.logit_seqs = [seq if pos == last[seq] else -1 for _, seq, pos, want in native_rows if want]
 
     def rewind(self, n_tokens: int) -> None:
         """Shortens the session to its first n_tokens. The last 128 tokens cost nothing; further back it goes to the

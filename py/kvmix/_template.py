@@ -18,6 +18,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class ChatTemplate:
         return self._render(messages)
 
     def _render(self, messages: Sequence[Message]) -> Prompt:
-        reply = _worker().ask(
+        reply = _ask(
             {
                 "source": self._source,
                 "globals": self._globals,
@@ -160,7 +161,11 @@ class _Worker:
         )
         self._stop = weakref.finalize(self, _stop_process, self.process)
         self._buffer = b""
-        self._reply(START_SECONDS)
+        try:
+            self._reply(START_SECONDS)
+        except BaseException:
+            self._stop()
+            raise
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -170,10 +175,13 @@ class _Worker:
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
+            reply: dict[str, Any] = self._reply(WALL_SECONDS)
         except BrokenPipeError:
             self._stop()
             raise TemplateError("the process that renders chat templates has died; try again") from None
-        reply: dict[str, Any] = self._reply(WALL_SECONDS)
+        except BaseException:  # Ctrl-C too: the reply on its way would answer the next request
+            self._stop()
+            raise
         return reply
 
     def _reply(self, seconds: float) -> Any:
@@ -183,11 +191,9 @@ class _Worker:
         while b"\n" not in self._buffer:
             left = max(deadline - time.monotonic(), 0)
             if not select.select([fd], [], [], left)[0]:
-                self._stop()
                 raise TemplateError(f"the chat template was stopped: it takes longer than {seconds:g} s")
             piece = os.read(fd, 1 << 16)
             if not piece:
-                self._stop()
                 raise TemplateError("the process that renders chat templates has died, perhaps for want of memory")
             self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
@@ -204,12 +210,14 @@ def _stop_process(process: subprocess.Popen[bytes]) -> None:
 
 
 _running: list[_Worker] = []
+_turn = threading.Lock()  # one request at a time, from whichever thread
 
 
-def _worker() -> _Worker:
-    if not (_running and _running[0].alive()):
-        _running[:] = [_Worker()]
-    return _running[0]
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    with _turn:
+        if not (_running and _running[0].alive()):
+            _running[:] = [_Worker()]
+        return _running[0].ask(request)
 
 
 # The wire formats that people name on the command line. A model's own template, where there is one, says more.
