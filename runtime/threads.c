@@ -126,6 +126,17 @@ static bool is_later_sibling(int32_t cpu, const cpu_set_t *allowed) {
     return later;
 }
 
+/* whole cores of a container's CPU quota (control groups, version 2), MAX_THREADS without one */
+static int32_t quota_cores(void) {
+    FILE *file = fopen("/sys/fs/cgroup/cpu.max", "r"); /* "200000 100000": microseconds in a period; or "max 100000" */
+    if (file == NULL) return MAX_THREADS;
+    long quota, period;
+    bool limited = fscanf(file, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0;
+    fclose(file);
+    if (!limited || quota / period >= MAX_THREADS) return MAX_THREADS;
+    return (int32_t)((quota + period - 1) / period);
+}
+
 int32_t kvm_pool_default_size(void) {
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
@@ -133,7 +144,7 @@ int32_t kvm_pool_default_size(void) {
     for (int32_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
         if (CPU_ISSET((size_t)cpu, &allowed) && !is_later_sibling(cpu, &allowed)) n++;
     }
-    return kvm_min(kvm_max(n, 1), MAX_THREADS);
+    return kvm_min(kvm_max(n, 1), quota_cores());
 }
 
 kvmix_status kvm_pool_open(kvm_pool **out, int32_t n_threads) {

@@ -15,7 +15,7 @@ kvmix_status kvm_pool_open(kvm_pool **out, int32_t n_threads);
 void kvm_pool_close(kvm_pool *pool);
 int32_t kvm_pool_size(const kvm_pool *pool);
 
-/* Cores in this process's affinity mask, SMT siblings counted once. */
+/* Cores in this process's affinity mask, SMT siblings counted once, within the container's CPU quota. */
 int32_t kvm_pool_default_size(void);
 
 /* Calls fn(context, item, thread) for item 0..n_items-1, thread in 0..n_threads-1; returns when all are done.
