@@ -28,20 +28,28 @@ static void add_matrix(product *p, const kvm_matrix *w, float *y, int32_t ldy) {
     p->job[p->n_matrices++].ldy = ldy;
 }
 
-/* y[r][o] for one tile of 32 outputs, activations in f32: weights decoded and transposed tile by tile */
+/* n weights of row o from column i on, in f32: where they are, or decoded */
+static const float *weights_of(const product *p, const kvm_matrix *w, int32_t o, int32_t i, int32_t n, float *decoded) {
+    const uint8_t *row = (const uint8_t *)w->data + (size_t)o * kvm_dtype_row_bytes(w->type, w->n_in);
+    row += kvm_dtype_row_bytes(w->type, i);
+    if (w->type == KVM_DTYPE_F32) return (const float *)(const void *)row;
+    if (w->type == KVM_DTYPE_F16) p->b->kernels->load_f16((const uint16_t *)(const void *)row, n, decoded);
+    else kvm_dtypes[w->type].decode(row, decoded, n);
+    return decoded;
+}
+
+/* y[r][o] for one tile of 32 outputs, activations in f32: weights decoded and transposed tile by tile. One path for any
+ * number of rows, so that with act=f32 a prompt's bits do not depend on how it was cut into batches. */
 static void multiply_float(const product *p, const kvm_matrix *w, float *y, int32_t ldy, int32_t first, int32_t last,
                            kvm_cpu_scratch *s) {
-    const kvm_dtype_info *info = &kvm_dtypes[w->type];
-    size_t row_bytes = kvm_dtype_row_bytes(w->type, w->n_in);
     for (int32_t r = 0; r < p->n_rows; r++) {
         memset(y + (size_t)r * (size_t)ldy + first, 0, (size_t)(last - first) * sizeof *y);
     }
     for (int32_t i = 0; i < w->n_in; i += KVM_TILE_IN) {
         int32_t n = kvm_min(KVM_TILE_IN, w->n_in - i);
         for (int32_t o = first; o < last; o++) {
-            const uint8_t *row = (const uint8_t *)w->data + (size_t)o * row_bytes + kvm_dtype_row_bytes(w->type, i);
-            info->decode(row, s->decoded, n);
-            for (int32_t j = 0; j < n; j++) s->weights[j * KVM_TILE_OUT + o - first] = s->decoded[j];
+            const float *weights = weights_of(p, w, o, i, n, s->decoded);
+            for (int32_t j = 0; j < n; j++) s->weights[j * KVM_TILE_OUT + o - first] = weights[j];
         }
         p->b->kernels->gemm_f32(p->n_rows, last - first, n, p->x + i, p->ldx, s->weights, KVM_TILE_OUT, y + first, ldy);
     }
