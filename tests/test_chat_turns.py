@@ -14,7 +14,7 @@ import pytest
 import kvmix
 import tiny
 from kvmix._chat import Chat, model_template
-from kvmix._template import NAMED, PlainText
+from kvmix._template import NAMED, Message, PlainText
 from kvmix.chat import Conversation
 from kvmix.errors import Cancelled, ContextFull
 from test_template import DEFAULT_SYSTEM, THINKING
@@ -347,3 +347,25 @@ def test_raw_prompts_name_control_tokens_and_answers_do_not() -> None:
         say(chat, messages, "<|im_start|>x")
     assert session.tokens.count(model.token(b"<|im_start|>")) == 2
     assert session.tokens.count(model.token(b"<|im_end|>")) == 0
+
+
+def test_three_turns_of_real_models(judges: Path) -> None:
+    """Their own templates, from their files: a turn evaluates its message, what the template puts around it, the end of
+    the answer before it, and one token again."""
+    paths = [path for path in sorted(judges.glob("*.gguf")) if path.stat().st_size < 600e6]
+    for path in paths:
+        with kvmix.Model(path) as model:
+            if model.chat_template is None:
+                continue
+            chat = Chat(model.session(2048, n_seq_max=1), model_template(model))
+            messages: list[Message] = []
+            held = 0
+            for question in ("Name a river.", "And a mountain, please.", "Which is older? Say why in one sentence."):
+                messages.append({"role": "user", "content": question})
+                answer = "".join(chat.reply(messages, kvmix.Sampling(temp=0), max_tokens=24))
+                messages.append({"role": "assistant", "content": answer})
+                turn = chat.turn
+                assert turn.n_kept >= held - 1
+                if held:
+                    assert turn.n_evaluated <= len(model.tokenize(question)) + 16
+                held = chat.session.length
