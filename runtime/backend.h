@@ -137,6 +137,8 @@ typedef struct {
     int32_t n_ctx;             /* longest sequence */
     bool act_f32;              /* float activations in the matmuls */
     int32_t kernels;           /* as kvmix_session_options.kernels */
+    kvmix_page_hook page_hook; /* as there; pack() calls it in place of a codec */
+    void *page_hook_user;
 } kvm_backend_options;
 
 typedef struct {

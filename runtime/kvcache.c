@@ -130,7 +130,8 @@ static int32_t f16_needed_from(const kvm_cache *cache, const group *g, int32_t l
 
 static int32_t align_line(int32_t n) { return kvm_ceil_div(n, KVM_LINE) * KVM_LINE; }
 
-static kvm_layer_layout layer_layout(const kvm_layer *layer, kvm_kvtype k, kvm_kvtype v, int32_t sink, bool balance_page) {
+static kvm_layer_layout layer_layout(const kvm_layer *layer, kvm_kvtype k, kvm_kvtype v, int32_t sink, bool balance_page,
+                                     bool studied) {
     int32_t dk = layer->d_k, dv = layer->d_v, q_rows = 2 * dk * KVM_PAGE;
     bool balanced = k != KVM_KVTYPE_F16;
     kvm_layer_layout l = {.k_type = k, .v_type = v};
@@ -140,7 +141,7 @@ static kvm_layer_layout layer_layout(const kvm_layer *layer, kvm_kvtype k, kvm_k
     l.packed.head_bytes = l.k.total + l.v.total;
     l.f16.v = 2 * dk * KVM_PAGE;
     l.f16.head_bytes = l.f16.v + 2 * dv * KVM_PAGE;
-    l.f16.q_rms = balanced && balance_page ? l.f16.head_bytes : -1;
+    l.f16.q_rms = studied || (balanced && balance_page) ? l.f16.head_bytes : -1;
     if (l.f16.q_rms >= 0) l.f16.head_bytes += q_rows;
     l.store.sink_v = 2 * dk * sink;
     l.store.head_bytes = l.store.sink_v + 2 * dv * sink;
@@ -231,10 +232,10 @@ static kvmix_status describe_layers(kvm_cache *cache, const kvm_net *net, const 
         }
         kvm_kvtype k = (kvm_kvtype)recipe->k[i], v = (kvm_kvtype)recipe->v[i];
         kvm_layer_layout *l = &cache->layers[i];
-        *l = layer_layout(layer, k, v, recipe->sink, recipe->balance_page);
+        *l = layer_layout(layer, k, v, recipe->sink, recipe->balance_page, cache->sizes.studied);
         group *g = &cache->groups[layer->group];
         g->span = layer->span;
-        g->packs |= k != KVM_KVTYPE_F16 || v != KVM_KVTYPE_F16;
+        g->packs |= cache->sizes.studied || k != KVM_KVTYPE_F16 || v != KVM_KVTYPE_F16;
         g->f16_value_bytes += 2 * (uint64_t)layer->n_head_kv * (uint64_t)(d[0] + d[1]);
         g->packed_bytes += l->packed_bytes;
         int32_t kept = l->store.q_rms >= 0 ? l->store.q_rms : l->store.head_bytes;

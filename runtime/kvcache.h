@@ -16,7 +16,7 @@
  *  5. A packed form is made from a full page, once (strict mode: from what is there, again after every batch that
  *     touches it), and dropped when the page is appended to again after a rewind.
  *  6. cut(t) = 128 * floor((t - window) / 128), at least 0; strict: 128 * (floor(t / 128) + 1); 0 for ever in a group
- *     that has no packed type.
+ *     that has no packed type (and no page hook).
  *  7. A checkpoint is a prefix of its sequence: shortening the sequence below it drops it.
  *  8. begin() changes nothing that abort() does not undo, but for stale packed forms (5) that it drops; lengths and
  *     tokens change in commit() alone.
@@ -34,6 +34,7 @@ typedef struct kvm_cache kvm_cache;
 typedef struct {
     int32_t n_ctx, n_batch, n_seq, n_checkpoint;
     bool strict;
+    bool studied; /* a page hook: pages of type f16 are packed too, and every f16 page keeps its query rms rows */
 } kvm_cache_sizes;
 
 /* Exact sizes of a cache, before any of it is allocated. */

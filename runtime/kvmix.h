@@ -54,7 +54,7 @@ KVMIX_API int32_t kvmix_abi_version(void);           /* changes whenever a decla
 KVMIX_API const char *kvmix_version(void);           /* "0.1.0" */
 KVMIX_API const char *kvmix_status_name(int32_t status); /* "FORMAT"; "?" for a number that is no status */
 KVMIX_API const char *kvmix_last_error(void);        /* last failure in this thread, one sentence; "" when none */
-KVMIX_API const char *kvmix_cpu_kernels(void);       /* the kernels that this machine's CPU gets: "avx2" or "scalar" */
+KVMIX_API const char *kvmix_cpu_kernels(void);       /* this machine's: "avx512", "avx2" or "scalar" */
 
 /* ---- model ------------------------------------------------------------------------------------------------- */
 
@@ -79,9 +79,27 @@ KVMIX_API void kvmix_model_close(kvmix_model *model);
 KVMIX_API kvmix_status kvmix_model_get_info(const kvmix_model *model, kvmix_model_info *out);
 
 /* A string of the file's metadata, not NUL-terminated, living as long as the model. *text = NULL, *n_bytes = 0 and
- * OK when the key is absent; FORMAT when it is there and no string. */
+ * OK when the key is absent; FORMAT when it is there and no string. Keys that begin with "kvmix." come from the
+ * sidecar MODEL.kvmix.gguf where the recipe does. */
 KVMIX_API kvmix_status kvmix_model_get_string(const kvmix_model *model, const char *key, const char **text,
                                               size_t *n_bytes);
+/* An array of f32 in the same way, into out[n_max]: *n numbers, 0 when absent. FULL when n_max is too small; *n is then
+ * the number needed. */
+KVMIX_API kvmix_status kvmix_model_get_floats(const kvmix_model *model, const char *key, float *out, int32_t n_max,
+                                              int32_t *n);
+/* zlib's CRC-32 of all of the file before its tensors: with file_bytes, it tells one model's file from another's. */
+KVMIX_API uint32_t kvmix_model_header_crc32(const kvmix_model *model);
+
+typedef struct {
+    const char *type;     /* "Q4_1" */
+    int32_t n_in, n_rows; /* n_rows of n_in values; a vector is one row; 0 and 0 where the file has no such tensor */
+} kvmix_tensor;
+
+/* A tensor of the file by its name, "blk.0.attn_k.weight"; and its rows first .. first + n_rows - 1, decoded into
+ * out [n_rows][n_in]; ARG when it does not have them. */
+KVMIX_API kvmix_status kvmix_model_get_tensor(const kvmix_model *model, const char *name, kvmix_tensor *out);
+KVMIX_API kvmix_status kvmix_model_read_tensor(const kvmix_model *model, const char *name, int32_t first, int32_t n_rows,
+                                               float *out);
 
 /* ---- tokens ------------------------------------------------------------------------------------------------ */
 
@@ -107,6 +125,19 @@ KVMIX_API int32_t kvmix_token_attr(const kvmix_model *model, int32_t token); /* 
 
 /* ---- session ----------------------------------------------------------------------------------------------- */
 
+/* One KV head of a page that is about to be packed, as it is in f16, for the study of codecs. Positions [first,
+ * n_valid) are there; those before are sinks, whose f16 form is read in any case. */
+typedef struct {
+    int32_t layer, head, page;
+    int32_t first, n_valid;
+    int32_t d_k, d_v;
+    float *k;           /* [d_k][128], after RoPE */
+    float *v;           /* [128][d_v] */
+    const float *q_rms; /* [d_k][128], root mean square of the head's queries (kvtype.h section 2) */
+} kvmix_page;
+/* Sees the page; what it writes into a side of type f16 is what attention reads in its place. Not 0 stops the batch. */
+typedef int32_t (*kvmix_page_hook)(void *user, const kvmix_page *page);
+
 typedef struct {
     uint32_t size;           /* sizeof(kvmix_session_options), set by kvmix_session_defaults */
     int32_t n_ctx;           /* tokens that all sequences together can hold; 0 = the trained context */
@@ -118,14 +149,18 @@ typedef struct {
     const char *k_type;      /* type of every key ("q4", also llama.cpp's "q4_0"), NULL = from the recipe */
     const char *v_type;      /* type of every value, NULL = from the recipe */
     const char *kv;          /* recipe "k4v3,0-1:k8v4", NULL = the file's, else kv_default, else k4v3 */
+    const char *kv_source;   /* what recipe_source says of kv, at most 31 bytes; NULL = "--kv" */
     const char *kv_default;  /* recipe for a file without one (a catalog's), NULL = none */
     int32_t window;          /* recent tokens kept in f16; -1 = the recipe's, else 128 */
     int32_t sink;            /* first tokens kept in f16, 0..64; -1 = the recipe's, else 16 */
     int32_t balance_page;    /* 1 = a key balance for every page, 0 = frozen at the first page; -1 = the recipe's */
     int32_t act_f32;         /* 1 = float activations in the matmuls: the path of the numerical bounds */
+    kvmix_page_hook page_hook; /* NULL = none. Called by the thread that decodes, pages ascending; in strict mode an
+                                  open page comes again as it grows */
+    void *page_hook_user;
     int32_t strict;          /* 1 = every page is packed before it is read, the open one too; n_batch must be a
                                 multiple of 128. For comparing codecs, not for use */
-    int32_t kernels;         /* 0 = best for this CPU, 1 = scalar, 2 = avx2 (for tests) */
+    int32_t kernels;         /* 0 = best for this CPU, 1 = scalar, 2 = avx2, 3 = avx512 (for tests) */
     uint64_t memory_limit;   /* refuse to open when more bytes would be needed; 0 = no limit */
 } kvmix_session_options;
 
@@ -176,7 +211,7 @@ KVMIX_API void kvmix_cancel(kvmix_session *session);
 
 typedef struct {
     const char *recipe;        /* text form, "k4v3" */
-    const char *recipe_source; /* "-ctk/-ctv", "--kv", "file", "catalog" or "default" */
+    const char *recipe_source; /* "-ctk/-ctv", kv_source, "file", "sidecar", "catalog" or "default" */
     int32_t window, sink;
     int32_t n_ctx, n_threads;
     int32_t n_tokens;          /* held by all sequences, shared pages counted once a sequence */

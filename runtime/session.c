@@ -54,17 +54,62 @@ kvmix_status kvmix_model_get_info(const kvmix_model *model, kvmix_model_info *ou
     return KVMIX_OK;
 }
 
+static const kvm_gguf *file_of_key(const kvmix_model *model, const char *key) {
+    return strncmp(key, "kvmix.", 6) == 0 ? kvm_recipe_file(&model->recipe_keys) : model->file;
+}
+
 kvmix_status kvmix_model_get_string(const kvmix_model *model, const char *key, const char **text, size_t *n_bytes) {
     if (model == NULL || key == NULL || text == NULL || n_bytes == NULL) return null_argument("an argument");
     *text = NULL;
     *n_bytes = 0;
     kvm_text value;
     bool found;
-    KVM_TRY(kvm_gguf_get_text(model->file, key, &value, &found));
+    KVM_TRY(kvm_gguf_get_text(file_of_key(model, key), key, &value, &found));
     if (found) {
         *text = value.data;
         *n_bytes = value.n_bytes;
     }
+    return KVMIX_OK;
+}
+
+kvmix_status kvmix_model_get_floats(const kvmix_model *model, const char *key, float *out, int32_t n_max, int32_t *n) {
+    if (model == NULL || key == NULL || n == NULL || (out == NULL && n_max > 0)) return null_argument("an argument");
+    *n = 0;
+    kvm_gguf_array array;
+    bool found;
+    KVM_TRY(kvm_gguf_get_array(file_of_key(model, key), key, KVM_GGUF_F32, &array, &found));
+    if (!found) return KVMIX_OK;
+    *n = (int32_t)array.n; /* at most 2^24 */
+    if (*n > n_max) return kvm_fail(KVMIX_FULL, "%s has %d numbers, there is room for %d", key, *n, n_max);
+    memcpy(out, array.data, array.n * sizeof *out);
+    return KVMIX_OK;
+}
+
+uint32_t kvmix_model_header_crc32(const kvmix_model *model) {
+    return model == NULL ? 0 : kvm_gguf_header_crc32(model->file);
+}
+
+kvmix_status kvmix_model_get_tensor(const kvmix_model *model, const char *name, kvmix_tensor *out) {
+    if (model == NULL || name == NULL || out == NULL) return null_argument("an argument");
+    *out = (kvmix_tensor){0};
+    const kvm_gguf_tensor *t = kvm_gguf_find(model->file, name);
+    if (t == NULL) return KVMIX_OK;
+    *out = (kvmix_tensor){.type = kvm_dtypes[t->type].name, .n_in = (int32_t)t->dim[0], .n_rows = (int32_t)t->dim[1]};
+    return KVMIX_OK;
+}
+
+kvmix_status kvmix_model_read_tensor(const kvmix_model *model, const char *name, int32_t first, int32_t n_rows,
+                                     float *out) {
+    if (model == NULL || name == NULL || (out == NULL && n_rows > 0)) return null_argument("an argument");
+    const kvm_gguf_tensor *t = kvm_gguf_find(model->file, name);
+    if (t == NULL) return kvm_fail(KVMIX_ARG, "%s has no tensor '%.64s'", kvm_gguf_name(model->file), name);
+    int64_t n_in = (int64_t)t->dim[0], n_all = (int64_t)t->dim[1];
+    if (first < 0 || n_rows < 0 || (int64_t)first + n_rows > n_all) {
+        return kvm_fail(KVMIX_ARG, "%d rows from %d: the tensor %s has the rows 0 to %lld", n_rows, first, name,
+                        (long long)n_all - 1);
+    }
+    const uint8_t *data = (const uint8_t *)t->data + (size_t)first * kvm_dtype_row_bytes(t->type, n_in);
+    kvm_dtypes[t->type].decode(data, out, n_rows * n_in);
     return KVMIX_OK;
 }
 
@@ -135,7 +180,8 @@ static kvmix_status resolve_options(const kvmix_model *model, const kvmix_sessio
 
 static kvm_backend_options backend_options(const kvmix_session_options *o) {
     return (kvm_backend_options){.n_batch = o->n_batch, .n_logits = o->n_logits, .n_threads = o->n_threads,
-                                 .n_ctx = o->n_ctx, .act_f32 = o->act_f32 != 0, .kernels = o->kernels};
+                                 .n_ctx = o->n_ctx, .act_f32 = o->act_f32 != 0, .kernels = o->kernels,
+                                 .page_hook = o->page_hook, .page_hook_user = o->page_hook_user};
 }
 
 static kvmix_status check_backend(const kvm_backend_ops *ops, const kvmix_model *model, const kvm_recipe *recipe) {
@@ -158,9 +204,10 @@ static kvmix_status check_backend(const kvm_backend_ops *ops, const kvmix_model 
 /* all that needs no large memory: options, recipe, page lists; and what the rest will take */
 static kvmix_status prepare(kvmix_session *s, const kvmix_session_options *options, kvmix_memory *memory) {
     KVM_TRY(resolve_options(s->model, options, &s->options));
-    KVM_TRY(kvm_recipe_resolve(&s->recipe, s->model->file, s->model->net.n_layer, &s->options));
+    KVM_TRY(kvm_recipe_resolve(&s->recipe, &s->model->recipe_keys, s->model->net.n_layer, &s->options));
     kvm_cache_sizes sizes = {.n_ctx = s->options.n_ctx, .n_batch = s->options.n_batch, .n_seq = s->options.n_seq_max,
-                             .n_checkpoint = s->options.n_checkpoint, .strict = s->options.strict != 0};
+                             .n_checkpoint = s->options.n_checkpoint, .strict = s->options.strict != 0,
+                             .studied = s->options.page_hook != NULL};
     KVM_TRY(kvm_cache_open(&s->cache, &s->model->net, &s->recipe, &sizes)); /* refuses head sizes, with the limits */
     KVM_TRY(check_backend(s->ops, s->model, &s->recipe));
     kvm_cache_bytes bytes = kvm_cache_get_bytes(s->cache);

@@ -28,6 +28,7 @@ from test_engine import (
     expected,
     feed,
     open_session,
+    packed_run,
     pairs,
     random_ids,
     reference_model,
@@ -71,8 +72,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def batches_of(shape: str) -> tuple[int, ...]:
-    """400 tokens, more where layers slide: in f32, unlike in the reference, some codes of packed keys fall to the other
-    side of an edge, and the longer the text, the more of its rows have seen one."""
+    """400 tokens, more where layers slide."""
     return BATCHES if "span" in SHAPES[shape] else BATCHES[:3]
 
 
@@ -96,10 +96,7 @@ def test_quantized_weights_agree_with_the_reference(
 
 
 def assert_packed_agrees(path: Path, kernels: str, kv: str, batches: tuple[int, ...], **options: Any) -> None:
-    n_tokens = sum(batches)
-    got = feed(open_session(path, kv=kv, kernels=kernels, **options), random_ids(n_tokens), batches)
-    want = expected(path, n_tokens, kv, **options)
-    assert_agrees(got, want, expected(path, n_tokens, "kf16vf16"))
+    assert_agrees(*packed_run(path, kv, sum(batches), batches, kernels, **options))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -120,10 +117,7 @@ def test_spans_and_windows(make: Callable[..., Path], span: int, window: int, si
 
 @pytest.mark.parametrize("batches", [(128, 256, 256, 16), (512, 100)])
 def test_strict_mode_agrees_with_the_reference(make: Callable[..., Path], batches: tuple[int, ...]) -> None:
-    path, n_tokens, kv = make("gemma3-d128"), sum(batches), "k4v3"
-    got = feed(open_session(path, kv=kv, strict=True, sink=4), random_ids(n_tokens), batches)
-    want = expected(path, n_tokens, kv, batches, strict=True, sink=4)
-    assert_agrees(got, want, expected(path, n_tokens, "kf16vf16"))
+    assert_agrees(*packed_run(make("gemma3-d128"), "k4v3", sum(batches), batches, strict=True, sink=4))
 
 
 @pytest.mark.parametrize("kv", ["kf16vf16", "k2v2"])

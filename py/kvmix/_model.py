@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from . import _native
 from ._session import Core, Memory, Session, SessionOptions, with_fields
 from .errors import ArgumentError, StateError
@@ -87,6 +90,20 @@ class Model:
         data = _native.model_get_string(self.handle, key)
         return None if data is None else data.decode("utf-8", "replace")
 
+    def numbers(self, key: str) -> NDArray[np.float32]:
+        """An array of floats of the file's metadata, empty when the key is absent."""
+        return _native.model_get_floats(self.handle, key)
+
+    def tensor(self, name: str) -> NDArray[np.float32] | None:
+        """A tensor by its name in the file ("blk.0.attn_k.weight"), decoded to float32: a matrix [n_out, n_in] or a
+        vector [n]; None when there is none."""
+        return _native.model_tensor(self.handle, name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this file from others: its size, and a checksum of its metadata and tensor list."""
+        return f"{self.info.file_bytes:x}-{_native.model_header_crc32(self.handle):08x}"
+
     @property
     def chat_template(self) -> str | None:
         return self.metadata("tokenizer.chat_template")
@@ -127,7 +144,7 @@ class Model:
     def plan(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Memory:
         """What session() with the same options would allocate, without allocating it."""
         wanted = with_fields(SessionOptions(n_ctx=n_ctx, kv=kv), options)
-        return Memory(**_native.session_plan(self.handle, wanted.native()))
+        return Memory(**_native.session_plan(self.handle, wanted.native(_native.PageHook(wanted.page_hook))))
 
     def session(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Session:
         """A session; the other options are the fields of SessionOptions."""

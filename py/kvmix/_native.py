@@ -8,7 +8,9 @@ Lifetimes are the callers' business (_model.py, _session.py): nothing here close
 import operator
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NewType, cast
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 import kvmix._cdef as _cdef
 
-from .errors import BY_STATUS, ArgumentError, ContextFull
+from .errors import BY_STATUS, ArgumentError, Cancelled, ContextFull
 
 ModelHandle = NewType("ModelHandle", object)
 SessionHandle = NewType("SessionHandle", object)
@@ -91,6 +93,9 @@ def _assign(struct: Any, values: Mapping[str, Any]) -> list[Any]:
     alive = []
     types = {name: field.type for name, field in _ffi.typeof(struct).item.fields}
     for name, value in values.items():
+        if types[name].kind == "function" or isinstance(value, _ffi.CData):
+            setattr(struct, name, _ffi.NULL if value is None else value)
+            continue
         if types[name].kind == "pointer":
             chars = _ffi.NULL if value is None else _ffi.new("char[]", _chars(name, value))
             alive.append(chars)
@@ -176,6 +181,26 @@ def model_get_string(model: ModelHandle, key: str) -> bytes | None:
     return None if text[0] == _ffi.NULL else bytes(_ffi.buffer(text[0], n_bytes[0]))
 
 
+def model_get_floats(model: ModelHandle, key: str) -> NDArray[np.float32]:
+    values = _filled("float[]", 256, _lib.kvmix_model_get_floats, model, _chars("key", key))
+    return np.array(values, np.float32)
+
+
+def model_header_crc32(model: ModelHandle) -> int:
+    return int(_lib.kvmix_model_header_crc32(model))
+
+
+def model_tensor(model: ModelHandle, name: str) -> NDArray[np.float32] | None:
+    """The whole tensor, decoded: [n_rows, n_in], a vector [n_in]; None when the file has none of that name."""
+    shape, chars = _ffi.new("kvmix_tensor *"), _chars("name", name)
+    _call(_lib.kvmix_model_get_tensor, model, chars, shape)
+    if shape.type == _ffi.NULL:
+        return None
+    out = np.empty((shape.n_rows, shape.n_in), np.float32)
+    _call(_lib.kvmix_model_read_tensor, model, chars, 0, shape.n_rows, _ffi.from_buffer("float[]", out))
+    return out[0] if shape.n_rows == 1 else out
+
+
 def tokenize(
     model: ModelHandle, text: bytes, trusted: bytes | None, *, add_special: bool, parse_special: bool
 ) -> list[int]:
@@ -194,6 +219,55 @@ def token_attr(model: ModelHandle, token: int) -> int:
 
 
 # ---- session --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One KV head of a page that is about to be packed (kvmix_page): positions [first, n_valid) are there. What is
+    written into a side of type f16 is what attention reads in its place. The arrays live as long as the call."""
+
+    layer: int
+    head: int
+    page: int
+    first: int
+    n_valid: int
+    k: NDArray[np.float32]  # [d_k, 128], after RoPE
+    v: NDArray[np.float32]  # [128, d_v]
+    q_rms: NDArray[np.float32]  # [d_k, 128], read-only
+
+
+class PageHook:
+    """A Python function that sees every page before it is packed; `error` is what it raised, which stopped the batch."""
+
+    def __init__(self, function: Callable[[Page], None] | None) -> None:
+        self.error: BaseException | None = None
+        self.function = function
+        self.callback = None if function is None else _ffi.callback("kvmix_page_hook", self._call, error=1)
+
+    def _call(self, _user: Any, struct: Any) -> int:
+        def array(pointer: Any, *shape: int) -> NDArray[np.float32]:
+            return np.frombuffer(_ffi.buffer(pointer, 4 * shape[0] * shape[1]), np.float32).reshape(shape)
+
+        try:
+            k, v = array(struct.k, struct.d_k, 128), array(struct.v, 128, struct.d_v)
+            q_rms = array(struct.q_rms, struct.d_k, 128)
+            q_rms.flags.writeable = False
+            cast(Callable[[Page], None], self.function)(Page(struct.layer, struct.head, struct.page, struct.first, struct.n_valid, k, v, q_rms))
+        except BaseException as error:  # raised again where the batch was asked for
+            self.error = error
+            return 1
+        return 0
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Around a call that runs the model."""
+        self.error = None
+        try:
+            yield
+        except Cancelled:
+            if self.error is not None:
+                raise self.error from None
+            raise
 
 
 def _session_options(values: Mapping[str, Any]) -> tuple[Any, list[Any]]:

@@ -50,15 +50,16 @@ class SessionOptions:
     n_checkpoint: int = 2  # prompts' ends to which a rewind is cheap
     act: str = "q8"  # "f32" = float activations in the matmuls
     strict: bool = False  # a row reads its own page packed too: for measurements
-    kernels: str = "auto"  # "scalar" and "avx2" are for tests
+    page_hook: Callable[[_native.Page], None] | None = None  # sees pages; a codec under study
+    kernels: str = "auto"  # "scalar", "avx2" and "avx512" are for tests
     memory_limit: int = 0  # refuse to open when more bytes would be needed; 0 = no limit
     kv_default: str | None = None  # recipe for a file without one
 
-    def native(self) -> dict[str, Any]:
-        """The fields of kvmix_session_options."""
-        values = asdict(self)
+    def native(self, hook: _native.PageHook) -> dict[str, Any]:
+        """The fields of kvmix_session_options; `hook` is page_hook's, and must live as long as the session."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"page_hook": hook.callback}
         values["act_f32"] = _choice("act", values.pop("act"), ("q8", "f32"))
-        values["kernels"] = _choice("kernels", self.kernels, ("auto", "scalar", "avx2"))
+        values["kernels"] = _choice("kernels", self.kernels, ("auto", "scalar", "avx2", "avx512"))
         return values
 
 
@@ -147,7 +148,8 @@ class Core:
     """One C session: its handle, which sequences are free, and whose logits the last call left."""
 
     def __init__(self, model: "Model", options: SessionOptions) -> None:
-        handle = _native.session_open(model.handle, options.native())
+        self.hook = _native.PageHook(options.page_hook)
+        handle = _native.session_open(model.handle, options.native(self.hook))
         self.model = model
         self.free = list(range(options.n_seq_max))
         self.retired: deque[int] = deque()  # sequences whose Session is gone, not emptied yet
@@ -288,8 +290,9 @@ class Session:
                 earlier, self._ids = self._ids, ids
                 core.logit_seqs = []
                 try:
-                    held = _native.sync(core.handle, self._seq, ids)  # progress may have closed it
-                except KvmixError:
+                    with core.hook.raising():
+                        held = _native.sync(core.handle, self._seq, ids)  # progress may have closed it
+                except Exception:
                     self._ids = earlier  # the cache is as it was, or a shorter prefix of that
                     raise
                 if progress is not None:
@@ -319,7 +322,8 @@ class Session:
             for session, held in ids.items():
                 session._ids = held
             core.logit_seqs = []
-            _native.decode(handle, native_rows)
+            with core.hook.raising():
+                _native.decode(handle, native_rows)
             last = {seq: pos for _, seq, pos, _ in native_rows}
             core.logit_seqs = [seq if pos == last[seq] else -1 for _, seq, pos, want in native_rows if want]
 

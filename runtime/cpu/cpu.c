@@ -200,20 +200,23 @@ static void append_row(const stage *s, int32_t row, const float *q, const float 
     int32_t page = at->pos / KVM_PAGE, offset = at->pos % KVM_PAGE, group = layer->n_head / layer->n_head_kv;
     for (int32_t h = 0; h < layer->n_head_kv; h++, k += layer->d_k, v += layer->d_v) {
         uint8_t *bytes = kvm_cpu_f16_page(b, s->layer, view->pages[page].f16, h);
-        uint16_t *k_page = kvm_cpu_half(bytes), *v_page = kvm_cpu_half(bytes + l->f16.v), *q_rms = NULL;
+        uint16_t *k_page = kvm_cpu_half(bytes), *v_page = kvm_cpu_half(bytes + l->f16.v), *q_rms[2] = {NULL, NULL};
         for (int32_t i = 0; i < layer->d_k; i++) k_page[i * KVM_PAGE + offset] = kvm_f16_sat(k[i]);
         for (int32_t i = 0; i < layer->d_v; i++) v_page[offset * layer->d_v + i] = kvm_f16_sat(v[i]);
-        if (l->f16.q_rms >= 0) q_rms = kvm_cpu_half(bytes + l->f16.q_rms);
-        else if (l->store.q_rms >= 0 && page == 0) {
-            q_rms = kvm_cpu_half(kvm_cpu_store(b, s->layer, view->store, h) + l->store.q_rms);
+        if (l->f16.q_rms >= 0) q_rms[0] = kvm_cpu_half(bytes + l->f16.q_rms);
+        if (l->store.q_rms >= 0 && page == 0) {
+            q_rms[1] = kvm_cpu_half(kvm_cpu_store(b, s->layer, view->store, h) + l->store.q_rms);
         }
-        for (int32_t i = 0; q_rms != NULL && i < layer->d_k; i++) {
+        for (int32_t i = 0; (q_rms[0] != NULL || q_rms[1] != NULL) && i < layer->d_k; i++) {
             float sum = 0;
             for (int32_t g = 0; g < group; g++) {
                 float x = q[(h * group + g) * layer->d_k + i];
                 sum += x * x;
             }
-            q_rms[i * KVM_PAGE + offset] = kvm_f16_sat(sqrtf(sum / (float)group));
+            uint16_t rms = kvm_f16_sat(sqrtf(sum / (float)group));
+            for (int32_t kept = 0; kept < 2; kept++) {
+                if (q_rms[kept] != NULL) q_rms[kept][i * KVM_PAGE + offset] = rms;
+            }
         }
     }
 }
@@ -354,13 +357,14 @@ static widths measure(const kvm_net *net, const kvm_backend_options *options) {
     return w;
 }
 
-static void carve_scratch(arena *a, const widths *w, kvm_cpu_scratch *s) {
+static void carve_scratch(arena *a, const widths *w, bool studied, kvm_cpu_scratch *s) {
     int32_t d = kvm_max(w->d_k, w->d_v);
     s->weights = carve(a, KVM_TILE_IN, KVM_TILE_OUT, sizeof(float));
     s->decoded = carve(a, KVM_TILE_IN, 1, sizeof(float));
     s->k = carve(a, d, KVM_PAGE, sizeof(float));
     s->v = carve(a, d, KVM_PAGE, sizeof(float));
     s->codes = carve(a, d, KVM_PAGE, 1);
+    s->q_rms = studied ? carve(a, w->d_k, KVM_PAGE, sizeof(float)) : NULL;
     s->q = carve(a, w->m_max, w->d_k, sizeof(float));
     s->q_packed = carve(a, w->m_max, w->d_k, sizeof(float));
     s->score = carve(a, w->m_max, KVM_PAGE, sizeof(float));
@@ -404,7 +408,7 @@ static void carve_workspace(arena *a, kvm_backend *b, int32_t n_threads) {
     b->scratch = carve(a, n_threads, 1, sizeof *b->scratch);
     for (int32_t t = 0; t < n_threads; t++) {
         kvm_cpu_scratch scratch;
-        carve_scratch(a, &w, &scratch);
+        carve_scratch(a, &w, b->options.page_hook != NULL, &scratch);
         if (a->base != NULL) b->scratch[t] = scratch;
     }
 }
@@ -443,6 +447,7 @@ static const kvm_cpu_kernels *const kernel_tables[] = {
     &kvm_kernels_scalar,
 #if defined(__x86_64__)
     &kvm_kernels_avx2,
+    &kvm_kernels_avx512,
 #endif
 };
 enum { N_KERNEL_TABLES = sizeof kernel_tables / sizeof *kernel_tables };

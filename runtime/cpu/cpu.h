@@ -14,6 +14,7 @@ typedef struct {
     float *decoded;         /* [256] */
     float *k, *v;           /* [d][128], [128][d]: a page of one head; pack.c: page matrices */
     uint8_t *codes;         /* [d][128] */
+    float *q_rms;           /* [d_k][128], for a page hook; else NULL */
     float *q, *q_packed;    /* [m_max][d_k]: scaled queries, as they are and as packed pages want them */
     float *score;           /* [m_max][128] */
     float *offset;          /* [m_max]: q . mean of a page */

@@ -29,7 +29,7 @@ static void pack_k(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
     const kvm_layer_layout *l = &c->b->cache->layers[c->layer];
     int32_t d = c->b->net->layers[c->layer].d_k;
     if (l->k_type == KVM_KVTYPE_F16) {
-        if (!job->store_only) memcpy(out, f16, (size_t)l->k.total);
+        if (!job->store_only && c->b->options.page_hook == NULL) memcpy(out, f16, (size_t)l->k.total);
         return;
     }
     c->b->kernels->load_f16(kvm_cpu_half(f16), d * KVM_PAGE, s->k);
@@ -54,7 +54,7 @@ static void pack_v(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
     int32_t d = c->b->net->layers[c->layer].d_v;
     const uint16_t *v = kvm_cpu_half(f16 + l->f16.v);
     if (l->v_type == KVM_KVTYPE_F16) {
-        memcpy(out, v, (size_t)l->v.total);
+        if (c->b->options.page_hook == NULL) memcpy(out, v, (size_t)l->v.total);
         return;
     }
     c->b->kernels->load_f16(v, d * KVM_PAGE, s->v);
@@ -64,6 +64,31 @@ static void pack_v(const pack_context *c, const kvm_pack_job *job, uint8_t *f16,
     }
     c->b->kernels->hadamard(s->k, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_V));
     write_side(c->b->kernels, KVM_SIDE_V, l->v_type, d, &l->v, s, out);
+}
+
+/* Shows one head of a page to the session's hook; what it leaves of a side of type f16 is that side's packed form. */
+static kvmix_status show_page(kvm_backend *b, int32_t layer_index, const kvm_plan *plan, const kvm_pack_job *job,
+                              int32_t head) {
+    const kvm_layer *layer = &b->net->layers[layer_index];
+    const kvm_layer_layout *l = &b->cache->layers[layer_index];
+    const kvm_view *view = &plan->views[job->view];
+    uint8_t *f16 = kvm_cpu_f16_page(b, layer_index, view->pages[job->page].f16, head);
+    uint8_t *packed = kvm_cpu_packed_page(b, layer_index, view->pages[job->page].packed, head);
+    kvm_cpu_scratch *s = &b->scratch[0];
+    kvmix_page page = {.layer = layer_index, .head = head, .page = job->page, .first = job->first,
+                       .n_valid = job->n_valid, .d_k = layer->d_k, .d_v = layer->d_v, .k = s->k, .v = s->v,
+                       .q_rms = s->q_rms};
+    int32_t n_k = layer->d_k * KVM_PAGE, n_v = layer->d_v * KVM_PAGE;
+    b->kernels->load_f16(kvm_cpu_half(f16), n_k, s->k);
+    b->kernels->load_f16(kvm_cpu_half(f16 + l->f16.v), n_v, s->v);
+    b->kernels->load_f16(kvm_cpu_half(f16 + l->f16.q_rms), n_k, s->q_rms);
+    if (b->options.page_hook(b->options.page_hook_user, &page) != 0) {
+        return kvm_fail(KVMIX_CANCELLED, "the page hook stopped in layer %d, page %d", layer_index, job->page);
+    }
+    uint16_t *k = kvm_cpu_half(packed), *v = kvm_cpu_half(packed + l->packed.v);
+    for (int32_t i = 0; i < n_k && l->k_type == KVM_KVTYPE_F16; i++) k[i] = kvm_f16_sat(s->k[i]);
+    for (int32_t i = 0; i < n_v && l->v_type == KVM_KVTYPE_F16; i++) v[i] = kvm_f16_sat(s->v[i]);
+    return KVMIX_OK;
 }
 
 static void pack_item(void *context, int32_t item, int32_t thread) {
@@ -84,7 +109,11 @@ static void pack_item(void *context, int32_t item, int32_t thread) {
 }
 
 kvmix_status kvm_cpu_pack(kvm_backend *b, int32_t layer, const kvm_plan *plan) {
-    int32_t n_items = plan->n_packs * b->net->layers[layer].n_head_kv;
+    int32_t n_head_kv = b->net->layers[layer].n_head_kv, n_items = plan->n_packs * n_head_kv;
+    for (int32_t i = 0; b->options.page_hook != NULL && i < n_items; i++) {
+        const kvm_pack_job *job = &plan->packs[i / n_head_kv];
+        if (!job->store_only) KVM_TRY(show_page(b, layer, plan, job, i % n_head_kv));
+    }
     pack_context c = {.b = b, .layer = layer, .page0 = 1, .plan = plan};
     kvm_pool_run(b->pool, n_items, pack_item, &c);
     c.page0 = 0;

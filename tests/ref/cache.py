@@ -20,6 +20,7 @@ float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,12 @@ class CacheOptions:
     sink: int = 16
     balance_page: bool = False
     strict: bool = False
+
+
+# (page, n_valid) -> its first n_valid rows of k, v and q_rms, f16 [n_valid, n_head_kv, d]. Another implementation's:
+# a codec is a step function, so two implementations that store a key one unit of f16 apart, which is their right, can
+# decode it a whole step apart. Given the same rows, everything that reads them can be compared to the last row.
+Rows = Callable[[int, int], tuple[Array, Array, Array]]
 
 
 class LayerCache:
@@ -53,6 +60,7 @@ class LayerCache:
         self.v = np.zeros((0, n_head_kv, d_v), np.float16)
         self.k_packed, self.v_packed = self.k.astype(np.float64), self.v.astype(np.float64)
         self.balance: Array | None = None  # f16 [n_head_kv, d_k], the frozen one
+        self.given: Rows | None = None  # where the rows of a page come from before it is packed, if not from here
 
     @property
     def n_tokens(self) -> int:
@@ -91,6 +99,9 @@ class LayerCache:
         if n_valid <= first:
             return  # sinks only
         where = slice(page * PAGE + first, page * PAGE + n_valid)
+        if self.given is not None:
+            rows = slice(page * PAGE, page * PAGE + n_valid)
+            self.k[rows], self.v[rows], self.q_rms[rows] = self.given(page, n_valid)
 
         def matrix(rows: Array) -> Array:
             """[n_tokens, n_head_kv, d] -> the page, f32 [n_head_kv, d, 128]"""
