@@ -22,8 +22,8 @@ AROUND = 24
 @pytest.mark.parametrize("answer", ["plain", "thoughts", "no thoughts"])
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_three_turns(path: Path, answer: str) -> None:
-    """A turn evaluates the question that is new. Where a template drops old thoughts, or writes another beginning of the
-    answer than it did when the answer was asked for, it evaluates the last answer again, without its thoughts."""
+    """A turn evaluates the question that is new. Where a template drops old thoughts, or writes another beginning of
+    the answer than it did when it was asked for, it evaluates the last answer again, without its thoughts."""
     source = path.read_text(encoding="utf-8")
     thinks = "think" in source
     if answer != "plain" and not thinks:

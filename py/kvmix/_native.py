@@ -252,7 +252,8 @@ class PageHook:
             k, v = array(struct.k, struct.d_k, 128), array(struct.v, 128, struct.d_v)
             q_rms = array(struct.q_rms, struct.d_k, 128)
             q_rms.flags.writeable = False
-            cast(Callable[[Page], None], self.function)(Page(struct.layer, struct.head, struct.page, struct.first, struct.n_valid, k, v, q_rms))
+            page = Page(struct.layer, struct.head, struct.page, struct.first, struct.n_valid, k, v, q_rms)
+            cast(Callable[[Page], None], self.function)(page)
         except BaseException as error:  # raised again where the batch was asked for
             self.error = error
             return 1
