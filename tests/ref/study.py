@@ -2,7 +2,7 @@
 
 They enter through the session's page hook (kvmix.h): a Study is such a hook, for sessions whose side under study is
 f16. Pages are X[d, 128], channels by positions, as in codec.py; here only values count, not bits, so everything is
-plain float64 and the bits per value are a figure beside it. Nothing outside [first, n_valid) is read or written.
+plain f32 and the bits per value are a figure beside it. Nothing outside [first, n_valid) is read or written.
 
     K:  X --less mean--> --/ balance--> --H--> encode, decode --H--> --* balance--> --+ mean--> X~
     V:  X --H64--> encode, decode --H64--> X~
@@ -32,38 +32,49 @@ def grouped(x: Array, group: int) -> Array:
 
 
 def searched(levels: Array, fractions: tuple[float, ...], group: int = 64) -> Codec:
-    """The runtime's encoder (kvtype.h section 3) for any symmetric levels [m], in float64: a least-squares scale, in
-    f16, for every position and group of channels."""
+    """The runtime's encoder (kvtype.h section 3) for the symmetric levels whose upper half is `levels` [m], ascending: a
+    least-squares scale, in f16, for every position and group of channels."""
+    levels = levels.astype(np.float32)
     middles = (levels[1:] + levels[:-1]) / 2
 
+    def nearest(t: Array) -> Array:
+        size = np.abs(t)
+        if len(middles) > 8:
+            m = np.searchsorted(middles, size)
+        else:
+            m = np.zeros(t.shape, np.uint8)
+            for middle in middles:
+                m += size > middle
+        return np.copysign(levels[m], t)
+
     def roundtrip(x: Array) -> Array:
-        g = grouped(x, group)
+        g = grouped(x.astype(np.float32), group)
         amax = np.abs(g).max(axis=1, keepdims=True)
         best, best_gain = np.zeros_like(amax), np.zeros_like(amax)
         with np.errstate(all="ignore"):
             for fraction in fractions:
-                level = levels[np.searchsorted(middles, g * (levels[-1] / (fraction * amax)))]
+                level = nearest(g * (levels[-1] / (np.float32(fraction) * amax)))
                 num = np.einsum("gcn,gcn->gn", g, level)[:, None]
                 den = np.einsum("gcn,gcn->gn", level, level)[:, None]
                 gain = np.where(den > 0, num * num / den, 0)
                 better = gain > best_gain
                 best, best_gain = np.where(better, num / den, best), np.where(better, gain, best_gain)
-            scale = best.astype(np.float16).astype(np.float64)
-            out = levels[np.searchsorted(middles, g / scale)] * scale
+            scale = best.astype(np.float16).astype(np.float32)
+            out = nearest(g / scale) * scale
         return np.where(scale == 0, 0, out).reshape(x.shape)
 
     return roundtrip
 
 
 def min_max(bits: float, group: int, along: str = "channels") -> Codec:
-    """The paper's quantizer: round(2^bits) levels from the least to the largest value of a group, scale and zero in f16.
+    """The paper's quantizer: round(2^bits) levels from the least to the largest of a group; scale and zero in f16.
     along="channels": runs of channels of one position (token-wise); "positions": runs of positions of one channel."""
     top = round(2**bits) - 1
 
     def roundtrip(x: Array) -> Array:
         g = grouped(x if along == "channels" else x.T, group)
-        low = g.min(axis=1, keepdims=True).astype(np.float16).astype(np.float64)
-        scale = ((g.max(axis=1, keepdims=True) - low) / top).astype(np.float16).astype(np.float64)
+        low = g.min(axis=1, keepdims=True).astype(np.float16).astype(np.float32)
+        scale = ((g.max(axis=1, keepdims=True) - low) / top).astype(np.float16).astype(np.float32)
         with np.errstate(all="ignore"):
             code = np.clip(np.rint((g - low) / scale), 0, top)
         out = np.where(scale > 0, code * scale + low, low).reshape(x.shape if along == "channels" else x.T.shape)
@@ -75,14 +86,14 @@ def min_max(bits: float, group: int, along: str = "channels") -> Codec:
 def runtime_type(name: str) -> Codec:
     """q8 .. q2 as the runtime has them."""
     kvtype = KVTYPES[name]
-    levels = kvtype.levels.astype(np.float64)
-    return searched(levels[levels > -128], kvtype.fractions)
+    levels = kvtype.levels
+    return searched(levels[levels >= 0], kvtype.fractions)
 
 
 CODECS: dict[str, Codec] = {
     **{name: runtime_type(name) for name, kvtype in KVTYPES.items() if kvtype.quantized},
-    "1": searched(np.array([-1.0, 1.0]), (1.0,)),
-    "1.58": searched(np.array([-1.0, 0.0, 1.0]), (1.0, 0.85, 0.7, 0.55, 0.4)),
+    "1": searched(np.array([1.0]), (1.0,)),
+    "1.58": searched(np.array([0.0, 1.0]), (1.0, 0.85, 0.7, 0.55, 0.4)),
 }
 
 
@@ -117,8 +128,8 @@ class Precondition:
 def rounded(x: Array, bits: int) -> Array:
     """A page vector: f16, or 8 bits with a scale in f16 for the vector."""
     if bits == 16:
-        return x.astype(np.float16).astype(np.float64)
-    scale = np.float64(np.float16(np.abs(x).max() / 127))
+        return x.astype(np.float16).astype(np.float32)
+    scale = np.float32(np.float16(np.abs(x).max() / 127))
     return np.rint(x / scale) * scale if scale > 0 else np.zeros_like(x)
 
 
@@ -129,7 +140,7 @@ def turn(x: Array, block: int) -> Array:
     d = len(x)
     block = min(d & -d, block if block > 0 else d)
     if block not in _TURNS:
-        _TURNS[block] = hadamard(np.eye(block), block)
+        _TURNS[block] = hadamard(np.eye(block, dtype=np.float32), block)
     return (_TURNS[block] @ x.reshape(d // block, block, -1)).reshape(x.shape)
 
 
@@ -163,12 +174,12 @@ class Study:
         if self.k is not None:
             page.k[:, where] = self.keys(page, where)
         if self.v is not None:
-            x = turn(page.v[where].T.astype(np.float64), self.v_rotation)
+            x = turn(page.v[where].T.astype(np.float32), self.v_rotation)
             page.v[where] = turn(self.v(x), self.v_rotation).T
 
     def keys(self, page: Page, where: slice) -> Array:
         """[d_k, n], as decoded."""
-        x, q, p = page.k[:, where].astype(np.float64), page.q_rms[:, where].astype(np.float64), self.precondition
+        x, q, p = page.k[:, where].astype(np.float32), page.q_rms[:, where].astype(np.float32), self.precondition
         out = np.empty_like(x)
         for start in range(0, x.shape[1], p.statistics):
             some = slice(start, start + p.statistics)
