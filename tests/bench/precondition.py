@@ -1,6 +1,6 @@
 """What each part of K's way into a page is worth: mean, balance, clamp, rotation, page size, 8-bit page vectors.
 
-    python tests/bench/precondition.py MODEL TEXT --csv results/precondition.csv [--chunks 4] [--types q4,q3] [--only ..]
+    python tests/bench/precondition.py MODEL TEXT --csv results/precondition.csv [--chunks 4] [--types q4,q3]
 
 Every variant is a page hook (tests/ref/study.py) in strict mode with 16 sinks, V in f16: the damage of K alone. Mean
 KLD against the f16 cache, act=f32, chunks of 2048, second half scored; all variants of a type run in lockstep beside
@@ -46,7 +46,7 @@ MIN_MAX = {
     "min-max g64, H": Precondition(mean=False, balance="none"),
     "min-max g64, mean, balance first, H": Precondition(),
 }
-FIELDS = ["model", "text", "text_sha256", "chunks", "mode", "type", "variant", "kld", "kld_se", "same_top", "kld_chunks"]
+FIELDS = "model text text_sha256 chunks mode type variant kld kld_se same_top kld_chunks".split()
 
 
 def rms_of_rows(matrix: np.ndarray, bias: np.ndarray | None, gain: np.ndarray | None, norm: np.ndarray) -> np.ndarray:
