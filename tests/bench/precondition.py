@@ -46,7 +46,9 @@ MIN_MAX = {
     "min-max g64, H": Precondition(mean=False, balance="none"),
     "min-max g64, mean, balance first, H": Precondition(),
 }
-FIELDS = "model text text_sha256 chunks mode type variant kld kld_se same_top kld_chunks".split()
+FIELDS = [
+    "model", "text", "text_sha256", "chunks", "mode", "type", "variant", "kld", "kld_se", "same_top", "kld_chunks",
+]  # fmt: skip
 
 
 def rms_of_rows(matrix: np.ndarray, bias: np.ndarray | None, gain: np.ndarray | None, norm: np.ndarray) -> np.ndarray:
