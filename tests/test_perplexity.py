@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -15,16 +16,16 @@ import pytest
 import kvmix
 import tiny
 from kvmix import Row
-from kvmix._score import Divergence, Perplexity, Predictions
+from kvmix._score import Divergence, Perplexity, Prediction
 from ref import perplexity as reference
 from ref.cache import CacheOptions
 from ref.model import load
 
 WORDS = ["the", "hello", "world", "and", "is", "you", "thing", "an", "ill", "in", "other", "noon", "wander"]
 KEYS = [
-    *("model", "text_sha256", "n_ctx", "chunks", "recipe", "window", "sink", "strict", "act", "bits"),
-    *("ppl", "ppl_se", "ppl_f16"),
-    *("kld_mean", "kld_se", "kld_median", "kld_p99", "kld_p999", "same_top", "floor"),
+    *("model", "text_sha256", "n_ctx", "chunks", "skip_chunks", "cache", "recipe", "window", "sink", "strict", "act"),
+    *("bits", "bits_32k", "kv_bytes_32k", "ppl", "ppl_se", "base", "ppl_base"),
+    *("kld_mean", "kld_se", "kld_median", "kld_p99", "kld_p999", "same_top", "kld_chunks", "floor"),
 ]
 
 
@@ -66,8 +67,8 @@ def test_perplexity_is_the_plain_formula(scale: float) -> None:
     rng = np.random.default_rng(1)
     logits, targets = random_logits(rng, 200, scale), rng.integers(0, 1000, 200).astype(np.int32)
     score = Perplexity()
-    for start in range(0, 200, 7):
-        score.add(Predictions(logits[start : start + 7]), targets[start : start + 7])
+    for row, target in zip(logits, targets, strict=True):
+        score.add(Prediction.of_logits(row), int(target))
     nll = -reference.log_softmax(logits)[np.arange(200), targets]
     expected = reference.perplexity_of([nll])
     assert score.result() == pytest.approx((expected.ppl, expected.error), rel=1e-10)
@@ -78,24 +79,42 @@ def test_divergence_is_the_plain_formula(noise: float) -> None:
     rng = np.random.default_rng(2)
     base = random_logits(rng, 200, 4.0)
     other = (base + rng.normal(0, noise, base.shape)).astype(np.float32)
-    score = Divergence()
-    for start in range(0, 200, 7):
-        score.add(Predictions(base[start : start + 7]), Predictions(other[start : start + 7]))
+    score = Divergence(per_chunk=50)
+    for a, b in zip(base, other, strict=True):
+        score.add(Prediction.of_logits(a), Prediction.of_logits(b))
     p, q = reference.log_softmax(base), reference.log_softmax(other)
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     want = reference.divergence_of(kl, base.argmax(axis=1) == other.argmax(axis=1))
     got = score.result()
     assert got.mean == pytest.approx(want.mean, rel=1e-7)
-    assert got.se == pytest.approx(want.error, rel=1e-6)
+    chunks = [kl[i : i + 50].mean() for i in (0, 50, 100, 150)]
+    assert got.chunks == pytest.approx(chunks, rel=1e-7)
+    assert got.se == pytest.approx(statistics.stdev(chunks) / 2, rel=1e-6)
     assert (got.median, got.p99, got.p999) == pytest.approx((want.median, want.p99, want.p999), rel=1e-6)
     assert got.same_top == want.same_top
     assert (noise < 1) or got.same_top < 0.9
 
 
+def test_a_small_divergence_is_exact() -> None:
+    """At 1e-8 the first terms of the series are the truth: half the variance of the difference of the logits."""
+    rng = np.random.default_rng(4)
+    base = random_logits(rng, 1, 4.0)[0]
+    other = (base + rng.normal(0, 1e-4, 1000)).astype(np.float32)
+    p = np.exp(base.astype(np.float64) - base.max())
+    p /= p.sum()
+    gap = other.astype(np.float64) - base
+    gap -= p @ gap
+    score = Divergence(per_chunk=1)
+    score.add(Prediction.of_logits(base), Prediction.of_logits(other))
+    got = score.result()
+    assert got.mean == pytest.approx(p @ (gap**2 / 2 + gap**3 / 6), rel=1e-5)
+    assert 1e-9 < got.mean < 1e-7 and got.se is None
+
+
 def test_a_distribution_does_not_diverge_from_itself() -> None:
-    rows = Predictions(random_logits(np.random.default_rng(3), 20, 4.0))
-    score = Divergence()
-    score.add(rows, rows)
+    score = Divergence(per_chunk=20)
+    for logits in random_logits(np.random.default_rng(3), 20, 4.0):
+        score.add(Prediction.of_logits(logits), Prediction.of_logits(logits))
     result = score.result()
     assert abs(result.mean) < 1e-14 and result.same_top == 1.0
 
@@ -155,7 +174,7 @@ def test_an_f16_cache_does_not_diverge_and_a_small_one_does(folder: Path) -> Non
     args = (folder / "model.gguf", folder / "text.txt", "--chunks", 1, "--kld")
     f16, k4v3, k2v2 = (run_json(*args, "--kv", kv) for kv in ("f16", "k4v3", "k2v2"))
     assert abs(f16["kld_mean"]) < 1e-12 and f16["same_top"] == 1.0
-    assert f16["ppl"] == f16["ppl_f16"]
+    assert f16["ppl"] == f16["ppl_base"]
     assert 1e-6 < k4v3["kld_mean"] < k2v2["kld_mean"]
     assert f16["bits"] == pytest.approx(16, abs=0.01) and k2v2["bits"] < k4v3["bits"] < 16
 
@@ -201,9 +220,24 @@ def test_flags_equal_positionals(folder: Path) -> None:
 
 def test_the_table_names_what_was_compared(folder: Path) -> None:
     out = run(folder / "model.gguf", folder / "text.txt", "--chunks", 1, "--kld", "--kv", "k4v3").stdout
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("kf16vf16 ", "k4v3 "))}
-    assert rows["kf16vf16"][1:3] == ["f32", "16.00"] and rows["k4v3"][1] == "f32"
-    assert "act=f32" in out and "window 128, sink 16" in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("f16 ", "k4v3 "))}
+    assert rows["f16"][1:3] == ["16.00", "16.00"] and float(rows["k4v3"][2]) < 5
+    assert "KLD against f16, act=f32" in out and "window 128, sink 16" in out
+
+
+def test_bits_do_not_depend_on_the_batch(folder: Path) -> None:
+    args = (folder / "model.gguf", folder / "text.txt", "--chunks", 1, "--kld", "--kv", "k4v3")
+    a, b = (run_json(*args, "-ub", n) for n in (128, 512))
+    assert a["bits"] == b["bits"] and a["kld_mean"] == b["kld_mean"]
+    model = kvmix.Model(folder / "model.gguf")
+    assert a["bits"] == pytest.approx(np.mean([model.plan(n_ctx=n, kv="k4v3").bits_full for n in range(256, 511)]))
+
+
+def test_chunks_can_be_skipped(folder: Path) -> None:
+    args = (folder / "model.gguf", folder / "text.txt", "-c", 128, "--kv", "k2v2", "--kld")
+    whole = run_json(*args, "--chunks", 4)
+    last = run_json(*args, "--chunks", 2, "--skip-chunks", 2)
+    assert last["kld_chunks"] == whole["kld_chunks"][2:] and last["skip_chunks"] == 2
 
 
 @pytest.mark.parametrize(
@@ -213,7 +247,8 @@ def test_the_table_names_what_was_compared(folder: Path) -> None:
         (("model.gguf",), 2, "text"),
         (("model.gguf", "text.txt", "--flor"), 2, "--floor"),
         (("model.gguf", "text.txt", "--floor"), 2, "--kld"),
-        (("model.gguf", "text.txt", "--kld", "--act", "q8"), 2, "f32"),
+        (("model.gguf", "text.txt", "--kld", "--floor", "--act", "q8"), 2, "--act q8"),
+        (("model.gguf", "text.txt", "--skip-chunks", "100"), 1, "--skip-chunks 100"),
         (("model.gguf", "nothing.txt"), 1, "nothing.txt"),
         (("nothing.gguf", "text.txt"), 1, "nothing.gguf"),
         (("model.gguf", "."), 1, "cannot read the text"),

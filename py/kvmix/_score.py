@@ -1,10 +1,14 @@
-"""The statistics of perplexity and KL divergence, from blocks of logits that are dropped after use.
+"""The statistics of perplexity and KL divergence, from the logits of one row at a time, which are dropped after use.
 
-Everything is float64: a KL divergence of 1e-5 is a difference of numbers of size 10, which float32 cannot hold.
+Everything is summed in float64: a KL divergence of 1e-5 is a difference of numbers of size 10, which float32 cannot
+hold. Positions of one text are not independent, so the error of a divergence is taken over chunks; that of a
+perplexity is over positions, as llama.cpp prints it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,76 +16,83 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-class Predictions:
-    """The next-token distributions of some rows."""
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The next-token distribution of a row: probability = weights / total = exp(logits - log_sum)."""
 
-    def __init__(self, logits: NDArray[np.float32]) -> None:
-        """logits: [n][n_vocab]"""
-        self.logits: Floats = logits.astype(np.float64)
-        top = self.logits.max(axis=1, keepdims=True)
-        self.weights: Floats = np.exp(self.logits - top)  # the probabilities times their total
-        self.total: Floats = self.weights.sum(axis=1)
-        self.log_sum: Floats = top[:, 0] + np.log(self.total)  # of exp(logits), [n]
+    logits: NDArray[np.float32]  # [n_vocab]
+    weights: Floats  # [n_vocab]
+    total: float
+    log_sum: float
+    top: int  # the token put first
 
-
-def negative_log_likelihood(rows: Predictions, targets: NDArray[np.int32]) -> Floats:
-    """targets: [n] -> [n]"""
-    return np.asarray(rows.log_sum - rows.logits[np.arange(len(targets)), targets])
-
-
-def kl_divergence(base: Predictions, other: Predictions) -> Floats:
-    """KL(base || other) -> [n]"""
-    gap = (base.weights * (base.logits - other.logits)).sum(axis=1) / base.total
-    return np.asarray(gap - base.log_sum + other.log_sum)
+    @classmethod
+    def of_logits(cls, logits: NDArray[np.float32]) -> Self:
+        top = int(logits.argmax())
+        weights = logits.astype(np.float64)
+        weights -= float(logits[top])
+        np.exp(weights, out=weights)
+        total = float(weights.sum())
+        return cls(logits, weights, total, float(logits[top]) + math.log(total), top)
 
 
-def standard_error(values: Floats) -> float:
-    """Of the mean, as llama.cpp computes it."""
-    if len(values) < 2:
-        return 0.0
-    variance = float(np.mean(values**2) - np.mean(values) ** 2)
-    return math.sqrt(max(variance, 0.0) / (len(values) - 1))
+def negative_log_likelihood(row: Prediction, target: int) -> float:
+    return row.log_sum - float(row.logits[target])
+
+
+def kl_divergence(base: Prediction, other: Prediction) -> float:
+    """KL(base || other)"""
+    gap = base.logits.astype(np.float64)
+    gap -= other.logits
+    gap *= base.weights
+    return float(gap.sum()) / base.total - base.log_sum + other.log_sum
 
 
 @dataclass
 class Perplexity:
     """exp of the mean negative log-likelihood of the scored tokens."""
 
-    blocks: list[Floats] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
-    def add(self, rows: Predictions, targets: NDArray[np.int32]) -> None:
-        self.blocks.append(negative_log_likelihood(rows, targets))
+    def add(self, row: Prediction, target: int) -> None:
+        self.values.append(negative_log_likelihood(row, target))
 
     def result(self) -> tuple[float, float]:
-        """(perplexity, its standard error)"""
-        values = np.concatenate(self.blocks)
-        ppl = float(np.exp(np.mean(values)))
-        return ppl, ppl * standard_error(values)
+        """(perplexity, its standard error as llama.cpp computes it)"""
+        nll = np.array(self.values)
+        ppl = math.exp(nll.mean())
+        if len(nll) < 2:
+            return ppl, 0.0
+        return ppl, ppl * float(nll.std()) / math.sqrt(len(nll) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class KldResult:
     mean: float
-    se: float
+    se: float | None  # over chunks; None for a single one
     median: float
     p99: float
     p999: float
     same_top: float  # fraction of positions where both put the same token first
+    chunks: Sequence[float]  # the mean of each
 
 
 @dataclass
 class Divergence:
     """How far one cache's predictions are from another's, position by position."""
 
-    blocks: list[Floats] = field(default_factory=list)
+    per_chunk: int  # positions
+    values: list[float] = field(default_factory=list)
     n_same_top: int = 0
 
-    def add(self, base: Predictions, other: Predictions) -> None:
-        self.blocks.append(kl_divergence(base, other))
-        self.n_same_top += int(np.count_nonzero(base.logits.argmax(axis=1) == other.logits.argmax(axis=1)))
+    def add(self, base: Prediction, other: Prediction) -> None:
+        self.values.append(kl_divergence(base, other))
+        self.n_same_top += base.top == other.top
 
     def result(self) -> KldResult:
-        values = np.concatenate(self.blocks)
-        median, p99, p999 = (float(np.percentile(values, p)) for p in (50, 99, 99.9))
-        same_top = self.n_same_top / len(values)
-        return KldResult(float(np.mean(values)), standard_error(values), median, p99, p999, same_top)
+        kld = np.array(self.values)
+        chunks = kld.reshape(-1, self.per_chunk).mean(axis=1)
+        se = float(chunks.std(ddof=1)) / math.sqrt(len(chunks)) if len(chunks) > 1 else None
+        median, p99, p999 = (float(np.percentile(kld, p)) for p in (50, 99, 99.9))
+        same_top = self.n_same_top / len(kld)
+        return KldResult(float(kld.mean()), se, median, p99, p999, same_top, chunks.tolist())
