@@ -66,7 +66,7 @@ typedef struct {
 struct kvm_gguf {
     char *name;
     const uint8_t *bytes;     /* [n_bytes] */
-    uint64_t n_bytes;
+    uint64_t n_bytes, n_header_bytes; /* the tensor data comes after the header */
     enum { BORROWED, MAPPED, ALLOCATED } storage;
     key_entry *keys;          /* [n_keys] */
     kvm_gguf_tensor *tensors; /* [n_tensors] */
@@ -383,10 +383,12 @@ static int by_begin(const void *left, const void *right) {
 static kvmix_status place_tensors(reader *r, uint64_t alignment) {
     kvm_gguf *file = r->file;
     uint64_t start;
+    file->n_header_bytes = file->n_bytes;
     if (file->n_tensors == 0) return KVMIX_OK;
     r->record = NULL;
     if (!kvm_round_up(r->pos, alignment, &start) || start > file->n_bytes)
         return damaged(r, r->pos, "the tensor data is missing: the file ends at byte %" PRIu64, file->n_bytes);
+    file->n_header_bytes = start;
     const uint8_t *data = &file->bytes[start];
     uint64_t n_data = file->n_bytes - start;
     r->record = "tensor";
@@ -559,6 +561,16 @@ void kvm_gguf_close(kvm_gguf *file) {
 
 const char *kvm_gguf_name(const kvm_gguf *file) { return file->name; }
 uint64_t kvm_gguf_file_bytes(const kvm_gguf *file) { return file->n_bytes; }
+
+uint32_t kvm_gguf_header_crc32(const kvm_gguf *file) {
+    uint32_t table[256], crc = UINT32_MAX;
+    for (uint32_t i = 0; i < 256; i++) {
+        table[i] = i;
+        for (int bit = 0; bit < 8; bit++) table[i] = (table[i] >> 1) ^ (table[i] & 1 ? 0xEDB88320 : 0);
+    }
+    for (uint64_t i = 0; i < file->n_header_bytes; i++) crc = (crc >> 8) ^ table[(crc ^ file->bytes[i]) & 255];
+    return ~crc;
+}
 int32_t kvm_gguf_n_tensors(const kvm_gguf *file) { return (int32_t)file->n_tensors; }
 const kvm_gguf_tensor *kvm_gguf_tensor_at(const kvm_gguf *file, int32_t index) { return &file->tensors[index]; }
 

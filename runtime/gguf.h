@@ -53,6 +53,8 @@ void kvm_gguf_close(kvm_gguf *file);
 
 const char *kvm_gguf_name(const kvm_gguf *file); /* the path */
 uint64_t kvm_gguf_file_bytes(const kvm_gguf *file);
+/* zlib's CRC-32 of all that comes before the tensor data: with the size, it tells one model's file from another's. */
+uint32_t kvm_gguf_header_crc32(const kvm_gguf *file);
 
 /* Typed access. Each returns OK and sets *found = false (the value untouched) when the key is absent; FORMAT, naming
  * key, type found and type wanted, when it is there with another type. Integers: any integer type whose value fits

@@ -137,6 +137,9 @@ typedef struct {
 } kvmix_page;
 /* Sees the page; what it writes into a side of type f16 is what attention reads in its place. Not 0 stops the batch. */
 typedef int32_t (*kvmix_page_hook)(void *user, const kvmix_page *page);
+/* What a type makes of a side of a page, written in its place: packed with this page's own mean and balance, and read
+ * back; 0 outside [first, n_valid). NULL and "f16" leave a side as it is. d_k and d_v at most 256, multiples of 8. */
+KVMIX_API kvmix_status kvmix_page_roundtrip(const kvmix_page *page, const char *k_type, const char *v_type);
 
 typedef struct {
     uint32_t size;           /* sizeof(kvmix_session_options), set by kvmix_session_defaults */

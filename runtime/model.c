@@ -293,6 +293,7 @@ static kvmix_status load(loader *l, const char *path, bool use_mmap) {
     kvmix_model *m = l->model;
     KVM_TRY(kvm_gguf_open(&m->file, path, use_mmap));
     l->file = m->file;
+    KVM_TRY(kvm_recipe_open_keys(&m->recipe_keys, m->file));
     l->placed = kvm_alloc_zero((uint64_t)kvm_gguf_n_tensors(m->file), sizeof *l->placed);
     if (l->placed == NULL) return kvm_fail(KVMIX_NOMEM, "no memory for %d tensors", kvm_gguf_n_tensors(m->file));
     KVM_TRY(find_arch(l));
@@ -326,6 +327,7 @@ kvmix_status kvm_model_open(kvmix_model **out, const char *path, bool use_mmap) 
 void kvm_model_close(kvmix_model *model) {
     if (model == NULL) return;
     kvm_tokenizer_close(model->tokenizer);
+    kvm_recipe_close_keys(&model->recipe_keys);
     kvm_gguf_close(model->file);
     free(model->vectors);
     free(model->layers);

@@ -8,10 +8,12 @@
 
 #include "arch.h"
 #include "gguf.h"
+#include "recipe.h"
 #include "tokenizer.h"
 
 struct kvmix_model {
     kvm_gguf *file;
+    kvm_recipe_keys recipe_keys;
     kvm_tokenizer *tokenizer;
     const kvm_arch *arch;
     kvm_net net;

@@ -1,6 +1,7 @@
 /* recipe.c - parsing, reading and naming recipes; see recipe.h. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "recipe.h"
 
@@ -143,6 +144,55 @@ static void write_text(kvm_recipe *recipe) {
     }
 }
 
+/* ---- the sidecar --------------------------------------------------------------------------------------------- */
+
+/* does the sidecar's key say this number? */
+static kvmix_status key_says(const kvm_gguf *sidecar, const char *key, uint64_t expected, bool *fits) {
+    int64_t value;
+    bool found;
+    KVM_TRY(kvm_gguf_get_int(sidecar, key, 0, INT64_MAX, &value, &found));
+    *fits = *fits && found && (uint64_t)value == expected;
+    return KVMIX_OK;
+}
+
+/* the header is read only where the size fits: it may have megabytes */
+static kvmix_status compare_sidecar(const kvm_gguf *sidecar, const kvm_gguf *model, bool *fits) {
+    *fits = true;
+    KVM_TRY(key_says(sidecar, "kvmix.sidecar.file_bytes", kvm_gguf_file_bytes(model), fits));
+    return *fits ? key_says(sidecar, "kvmix.sidecar.header_crc32", kvm_gguf_header_crc32(model), fits) : KVMIX_OK;
+}
+
+kvmix_status kvm_recipe_open_keys(kvm_recipe_keys *out, const kvm_gguf *model) {
+    *out = (kvm_recipe_keys){.model = model};
+    int64_t version;
+    bool found, fits;
+    if (kvm_gguf_get_int(model, "kvmix.version", INT64_MIN, INT64_MAX, &version, &found) != KVMIX_OK || found) {
+        return KVMIX_OK; /* a version that is no number is refused where the recipe is resolved */
+    }
+    const char *name = kvm_gguf_name(model);
+    size_t n = strlen(name);
+    if (n >= 5 && strcmp(name + n - 5, ".gguf") == 0) n -= 5;
+    char *path;
+    if (asprintf(&path, "%.*s.kvmix.gguf", (int)n, name) < 0) return kvm_fail(KVMIX_NOMEM, "no memory for a path");
+    kvmix_status status = KVMIX_OK;
+    if (access(path, F_OK) == 0) status = kvm_gguf_open(&out->sidecar, path, false);
+    free(path);
+    if (status != KVMIX_OK || out->sidecar == NULL) return status;
+    status = compare_sidecar(out->sidecar, model, &fits);
+    out->is_strange = !fits;
+    if (status != KVMIX_OK) kvm_recipe_close_keys(out);
+    return status;
+}
+
+void kvm_recipe_close_keys(kvm_recipe_keys *keys) {
+    kvm_gguf_close(keys->sidecar);
+    keys->sidecar = NULL;
+}
+
+const kvm_gguf *kvm_recipe_file(const kvm_recipe_keys *keys) {
+    return keys->sidecar != NULL && !keys->is_strange ? keys->sidecar : keys->model;
+}
+
 /* ---- the file's recipe --------------------------------------------------------------------------------------- */
 
 static kvmix_status read_types(const kvm_gguf *file, const char *key, int32_t n_layer, uint8_t *types, bool *found) {
@@ -164,7 +214,13 @@ static kvmix_status read_types(const kvm_gguf *file, const char *key, int32_t n_
     return status == KVMIX_OK ? KVMIX_OK : KVMIX_FORMAT;
 }
 
-static kvmix_status read_file(const kvm_gguf *file, kvm_recipe *recipe, bool *found) {
+static kvmix_status read_file(const kvm_recipe_keys *keys, kvm_recipe *recipe, bool *found) {
+    if (keys->is_strange) {
+        return kvm_fail(KVMIX_FORMAT, "%.300s was made for another file than %.300s: write it again (python -m kvmix.convert "
+                        "annotate --sidecar --force), delete it, or run with --kv to ignore it",
+                        kvm_gguf_name(keys->sidecar), kvm_gguf_name(keys->model));
+    }
+    const kvm_gguf *file = kvm_recipe_file(keys);
     int64_t version;
     KVM_TRY(kvm_gguf_get_int(file, "kvmix.version", 0, INT64_MAX, &version, found));
     if (!*found) return KVMIX_OK;
@@ -199,17 +255,18 @@ static kvmix_status read_file(const kvm_gguf *file, kvm_recipe *recipe, bool *fo
 
 /* ---- resolution ---------------------------------------------------------------------------------------------- */
 
-static kvmix_status resolve_types(kvm_recipe *out, const kvm_gguf *file, const kvmix_session_options *options) {
+static kvmix_status resolve_types(kvm_recipe *out, const kvm_recipe_keys *keys, const kvmix_session_options *options) {
     bool from_file = false;
+    const char *source;
     if (options->kv != NULL) {
-        out->source = "--kv";
+        source = options->kv_source != NULL ? options->kv_source : "--kv";
         KVM_TRY(parse(options->kv, out->n_layer, out->k, out->v));
     } else {
-        out->source = "file";
-        KVM_TRY(read_file(file, out, &from_file));
+        source = keys->sidecar != NULL ? "sidecar" : "file";
+        KVM_TRY(read_file(keys, out, &from_file));
         if (!from_file) {
             bool catalog = options->kv_default != NULL;
-            out->source = catalog ? "catalog" : "default";
+            source = catalog ? "catalog" : "default";
             KVM_TRY(parse(catalog ? options->kv_default : DEFAULT_RECIPE, out->n_layer, out->k, out->v));
         }
     }
@@ -222,7 +279,8 @@ static kvmix_status resolve_types(kvm_recipe *out, const kvm_gguf *file, const k
         KVM_TRY(type_from_name(options->v_type, strlen(options->v_type), "-ctv", &type));
         memset(out->v, type, (size_t)out->n_layer);
     }
-    if (options->k_type != NULL || options->v_type != NULL) out->source = "-ctk/-ctv";
+    if (options->k_type != NULL || options->v_type != NULL) source = "-ctk/-ctv";
+    snprintf(out->source, sizeof out->source, "%s", source);
     return KVMIX_OK;
 }
 
@@ -243,16 +301,17 @@ static kvmix_status resolve_int(const kvm_gguf *file, const char *key, int32_t o
     return KVMIX_OK;
 }
 
-kvmix_status kvm_recipe_resolve(kvm_recipe *out, const kvm_gguf *file, int32_t n_layer,
+kvmix_status kvm_recipe_resolve(kvm_recipe *out, const kvm_recipe_keys *keys, int32_t n_layer,
                                 const kvmix_session_options *options) {
+    const kvm_gguf *file = kvm_recipe_file(keys);
     memset(out, 0, sizeof *out);
     out->n_layer = n_layer;
     out->window = DEFAULT_WINDOW;
     out->sink = DEFAULT_SINK;
     if (n_layer < 1 || n_layer > KVM_LAYER_MAX) return kvm_fail(KVMIX_ARG, "%d layers; 1 to 1024 are possible", n_layer);
-    KVM_TRY(resolve_types(out, file, options));
+    KVM_TRY(resolve_types(out, keys, options));
     int64_t version = 0;
-    bool use_file; /* an unknown version was refused above, unless --kv was the way past it */
+    bool use_file; /* what does not fit was refused above, unless --kv was the way past it */
     kvmix_status status = kvm_gguf_get_int(file, "kvmix.version", 0, INT64_MAX, &version, &use_file);
     use_file = status == KVMIX_OK && use_file && version == RECIPE_VERSION;
     KVM_TRY(resolve_int(file, "kvmix.window", options->window, KVM_WINDOW_MAX, use_file, &out->window));

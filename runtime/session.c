@@ -143,6 +143,51 @@ int32_t kvmix_token_attr(const kvmix_model *model, int32_t token) {
     return kvm_tokenizer_attr(model->tokenizer, token);
 }
 
+/* ---- pages under study --------------------------------------------------------------------------------------- */
+
+/* buffers of one side, [d][128] */
+typedef struct {
+    float x[KVM_HEAD_DIM_MAX * KVM_PAGE];
+    uint16_t q_rms[KVM_HEAD_DIM_MAX * KVM_PAGE];
+} page_side;
+
+static void roundtrip_k(const kvmix_page *page, kvm_kvtype type, page_side *side) {
+    int32_t n = page->d_k * KVM_PAGE;
+    for (int32_t i = 0; i < n; i++) side->q_rms[i] = kvm_f16_sat(page->q_rms[i]);
+    kvm_roundtrip(type, KVM_SIDE_K, page->k, page->d_k, page->first, page->n_valid, side->q_rms);
+}
+
+static void roundtrip_v(const kvmix_page *page, kvm_kvtype type, page_side *side) {
+    int32_t d = page->d_v;
+    for (int32_t i = 0; i < d * KVM_PAGE; i++) side->x[i % d * KVM_PAGE + i / d] = page->v[i];
+    kvm_roundtrip(type, KVM_SIDE_V, side->x, d, page->first, page->n_valid, NULL);
+    for (int32_t i = 0; i < d * KVM_PAGE; i++) page->v[i] = side->x[i % d * KVM_PAGE + i / d];
+}
+
+kvmix_status kvmix_page_roundtrip(const kvmix_page *page, const char *k_type, const char *v_type) {
+    if (page == NULL || page->k == NULL || page->v == NULL || page->q_rms == NULL) return null_argument("an argument");
+    const char *names[] = {k_type != NULL ? k_type : "f16", v_type != NULL ? v_type : "f16"};
+    kvm_kvtype types[2];
+    for (int32_t i = 0; i < 2; i++) {
+        if (!kvm_kvtype_from_name(names[i], strlen(names[i]), &types[i])) {
+            return kvm_fail(KVMIX_ARG, "'%.32s' is no KV type", names[i]);
+        }
+        int32_t d = i == 0 ? page->d_k : page->d_v;
+        if (d < 8 || d > KVM_HEAD_DIM_MAX || d % 8 != 0) {
+            return kvm_fail(KVMIX_ARG, "a page of %d channels; multiples of 8 up to %d are possible", d, KVM_HEAD_DIM_MAX);
+        }
+    }
+    if (page->first < 0 || page->n_valid > KVM_PAGE || page->first >= page->n_valid) {
+        return kvm_fail(KVMIX_ARG, "positions %d to %d are not in a page of %d", page->first, page->n_valid, KVM_PAGE);
+    }
+    page_side *side = kvm_alloc(1, sizeof *side);
+    if (side == NULL) return kvm_fail(KVMIX_NOMEM, "no memory for a page");
+    if (types[0] != KVM_KVTYPE_F16) roundtrip_k(page, types[0], side);
+    if (types[1] != KVM_KVTYPE_F16) roundtrip_v(page, types[1], side);
+    free(side);
+    return KVMIX_OK;
+}
+
 /* ---- opening a session --------------------------------------------------------------------------------------- */
 
 void kvmix_session_defaults(kvmix_session_options *options) {

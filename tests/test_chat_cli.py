@@ -346,7 +346,7 @@ def test_one_shot(model: str, environment: dict[str, str], tmp_path: Path) -> No
     assert [int(stats[i]) for i in (4, 7)] == [8, 1024]
     assert b"tiny.gguf: llama" in result.stderr
     assert b"context 1024 (trained 100000" in result.stderr
-    assert b"KV k4v3 (default), window 128, sink 16" in result.stderr
+    assert b"recipe k4v3 (default), window 128, sink 16; KV " in result.stderr
 
     file = tmp_path / "prompt.txt"
     file.write_text("hello")

@@ -32,6 +32,10 @@ PART_OF = {"kvencode": "kvtype"}  # a header that is compiled into several files
 CPU_MAY = {"backend", "threads", "kvtype", "dtype", "base"}
 KVMIX_H_USERS = {"base", "session"}
 
+# convert/ computes without the engine, but for the files that open or run a model
+ENGINE_USERS = {"validate", "measured", "cache_norms"}
+ENGINE_FREE = {"kvmix._cli", "kvmix._plot", "kvmix.errors"}
+
 FILE_LINES = 700
 FUNCTION_LINES = 80
 FILE_LIMITS = {"kvmix.h": 349, "tokenizer.c": 1000, "unicode_tables.c": 10_000}  # tables are generated
@@ -66,6 +70,25 @@ def test_includes_run_one_way() -> None:
     assert [edge for path in RUNTIME for edge in bad_edges(path)] == []
 
 
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"kvmix.{alias.name}" if node.module == "kvmix" else str(node.module) for alias in node.names)
+
+
+def test_convert_needs_the_engine_in_few_places() -> None:
+    files = [path for path in (ROOT / "convert").glob("*.py") if path.stem not in ENGINE_USERS]
+    found = [
+        f"{path.name} imports {name}"
+        for path in files
+        for name in imports(path)
+        if name.partition(".")[0] == "kvmix" and name not in ENGINE_FREE
+    ]
+    assert len(files) > 5 and found == []
+
+
 def tree(*suffixes: str) -> list[Path]:
     """The project's own files with one of the suffixes, whatever else lies in the folder (builds, environments)."""
     folders = ("runtime", "cuda", "py", "convert", "tests", "models", ".ci")
@@ -74,7 +97,7 @@ def tree(*suffixes: str) -> list[Path]:
 
 
 def test_file_names_are_unique() -> None:
-    ordinary = {"__init__.py", "README.md", "CMakeLists.txt"}
+    ordinary = {"__init__.py", "__main__.py", "README.md", "CMakeLists.txt"}
     names = Counter(path.name for path in tree(".c", ".h", ".py", ".cu", ".cuh") if path.name not in ordinary)
     # a package's test oracle may carry the name of what it is the oracle of
     twice = [name for name, n in names.items() if n > 1 and not (ROOT / "tests" / "ref" / name).exists()]
@@ -159,7 +182,7 @@ def test_no_path_of_a_machine() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("command", [["ruff", "check", "py", "tests"], ["mypy"]], ids=["ruff", "mypy"])
+@pytest.mark.parametrize("command", [["ruff", "check", "py", "convert", "tests"], ["mypy"]], ids=["ruff", "mypy"])
 def test_python_is_clean(command: list[str]) -> None:
     beside = Path(sys.executable).with_name(command[0])
     tool = str(beside) if beside.exists() else shutil.which(command[0])

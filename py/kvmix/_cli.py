@@ -115,7 +115,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-mmap", dest="mmap", action="store_false", help="read the file into private memory")
 
 
-def add_kv_args(parser: argparse.ArgumentParser) -> None:
+def add_kv_args(parser: argparse.ArgumentParser, n_batch: int | None = 512) -> None:
+    """n_batch: the default of -ub; None where the command chooses one by what fits."""
     run = parser.add_argument_group("running")
     run.add_argument(
         "-c", "--ctx-size", type=integer(0, N_CTX_MAX), metavar="N", help="context in tokens; 0 = the trained one"
@@ -128,14 +129,18 @@ def add_kv_args(parser: argparse.ArgumentParser) -> None:
         "-ub",
         "--ubatch-size",
         type=integer(1, 4096),
-        default=512,
+        default=n_batch,
         metavar="N",
-        help="tokens evaluated at once (default: %(default)s)",
+        help=f"tokens evaluated at once (default: {n_batch or 'as many as fit, up to 512'})",
     )
     kv = parser.add_argument_group("KV cache")
     kv.add_argument("-ctk", "--cache-type-k", metavar="TYPE", help="type of all keys: f16 q8 q4 q3 q2")
     kv.add_argument("-ctv", "--cache-type-v", metavar="TYPE", help="type of all values")
-    kv.add_argument("--kv", metavar="RECIPE", help="types by layer, as k4v3 or k4v3,0-1:k8v4")
+    kv.add_argument(
+        "--kv",
+        metavar="RECIPE",
+        help="types by layer, as k4v3 or k4v3,0-1:k8v4; norms[:BITS] computes them from the weights; paper is k4v2",
+    )
     kv.add_argument("--window", type=integer(0, N_CTX_MAX), metavar="N", help="recent tokens kept in f16")
     kv.add_argument("--sink", type=integer(0, 64), metavar="N", help="first tokens kept in f16")
 

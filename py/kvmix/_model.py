@@ -8,14 +8,14 @@ import enum
 import os
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native
+from . import _native, _recipes
 from ._session import Core, Memory, Session, SessionOptions, with_fields
 from .errors import ArgumentError, StateError
 
@@ -61,6 +61,7 @@ class Model:
         handle = _native.model_open(os.fsencode(self.path), mmap)
         self._handle = handle
         self._cores: weakref.WeakSet[Core] = weakref.WeakSet()
+        self._named: dict[str, tuple[str, str]] = {}  # recipes asked for by name: text and source
         self._finalizer = weakref.finalize(self, _native.model_close, handle)
         self._finalizer.atexit = False
         self.info = ModelInfo(**_native.model_get_info(handle))
@@ -97,7 +98,16 @@ class Model:
     def tensor(self, name: str) -> NDArray[np.float32] | None:
         """A tensor by its name in the file ("blk.0.attn_k.weight"), decoded to float32: a matrix [n_out, n_in] or a
         vector [n]; None when there is none."""
-        return _native.model_tensor(self.handle, name)
+        shape = self.shape(name)
+        if not shape:
+            return None
+        n_rows = shape[0] if len(shape) == 2 else 1
+        return _native.model_read_tensor(self.handle, name, 0, n_rows, shape[-1]).reshape(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor: (n_out, n_in), of a vector (n,); empty when there is none."""
+        n_rows, n_in = _native.model_get_tensor(self.handle, name)
+        return (n_rows, n_in) if n_rows > 1 else (n_in,) * n_rows
 
     @property
     def fingerprint(self) -> str:
@@ -143,11 +153,20 @@ class Model:
 
     def plan(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Memory:
         """What session() with the same options would allocate, without allocating it."""
-        wanted = with_fields(SessionOptions(n_ctx=n_ctx, kv=kv), options)
+        wanted = self._options(n_ctx, kv, options)
         return Memory(**_native.session_plan(self.handle, wanted.native(_native.PageHook(wanted.page_hook))))
 
     def session(self, n_ctx: int = 0, kv: str | None = None, **options: Any) -> Session:
         """A session; the other options are the fields of SessionOptions."""
-        core = Core(self, with_fields(SessionOptions(n_ctx=n_ctx, kv=kv), options))
+        core = Core(self, self._options(n_ctx, kv, options))
         self._cores.add(core)
         return Session(core, _native.int32s([]))
+
+    def _options(self, n_ctx: int, kv: str | None, others: dict[str, Any]) -> SessionOptions:
+        options = with_fields(SessionOptions(n_ctx=n_ctx, kv=kv), others)
+        if not isinstance(options.kv, str) or not _recipes.is_name(options.kv):
+            return options
+        if options.kv not in self._named:
+            self._named[options.kv] = _recipes.named(self, options.kv)
+        text, source = self._named[options.kv]
+        return replace(options, kv=text, kv_source=source)

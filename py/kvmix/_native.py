@@ -10,7 +10,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NewType, cast
 
@@ -190,15 +190,18 @@ def model_header_crc32(model: ModelHandle) -> int:
     return int(_lib.kvmix_model_header_crc32(model))
 
 
-def model_tensor(model: ModelHandle, name: str) -> NDArray[np.float32] | None:
-    """The whole tensor, decoded: [n_rows, n_in], a vector [n_in]; None when the file has none of that name."""
-    shape, chars = _ffi.new("kvmix_tensor *"), _chars("name", name)
-    _call(_lib.kvmix_model_get_tensor, model, chars, shape)
-    if shape.type == _ffi.NULL:
-        return None
-    out = np.empty((shape.n_rows, shape.n_in), np.float32)
-    _call(_lib.kvmix_model_read_tensor, model, chars, 0, shape.n_rows, _ffi.from_buffer("float[]", out))
-    return out[0] if shape.n_rows == 1 else out
+def model_get_tensor(model: ModelHandle, name: str) -> tuple[int, int]:
+    """(n_rows, n_in); a vector is one row, and (0, 0) no tensor of that name."""
+    out = _ffi.new("kvmix_tensor *")
+    _call(_lib.kvmix_model_get_tensor, model, _chars("name", name), out)
+    return int(out.n_rows), int(out.n_in)
+
+
+def model_read_tensor(model: ModelHandle, name: str, first: int, n_rows: int, n_in: int) -> NDArray[np.float32]:
+    """Some rows, decoded: [n_rows, n_in]."""
+    out = np.empty((n_rows, n_in), np.float32)
+    _call(_lib.kvmix_model_read_tensor, model, _chars("name", name), first, n_rows, _ffi.from_buffer("float[]", out))
+    return out
 
 
 def tokenize(
@@ -235,9 +238,18 @@ class Page:
     v: NDArray[np.float32]  # [128, d_v]
     q_rms: NDArray[np.float32]  # [d_k, 128], read-only
 
+    def roundtrip(self, k_type: str, v_type: str) -> "Page":
+        """A copy whose k and v are what these types make of them, with this page's own mean and balance."""
+        copy = replace(self, k=self.k.copy(), v=self.v.copy())
+        numbers = (self.layer, self.head, self.page, self.first, self.n_valid, len(self.k), self.v.shape[1])
+        arrays = [_ffi.from_buffer("float[]", array) for array in (copy.k, copy.v, self.q_rms)]
+        struct = _ffi.new("kvmix_page *", (*numbers, *arrays))
+        _call(_lib.kvmix_page_roundtrip, struct, _chars("k_type", k_type), _chars("v_type", v_type))
+        return copy
+
 
 class PageHook:
-    """A Python function that sees every page before it is packed; `error` is what it raised, which stopped the batch."""
+    """A Python function that sees every page before it is packed; `error` is what it raised and stopped the batch."""
 
     def __init__(self, function: Callable[[Page], None] | None) -> None:
         self.error: BaseException | None = None

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
     n_ctx: int = 0  # tokens that all sequences together can hold; 0 = the trained context
-    kv: str | None = None  # recipe "k4v3,0-1:k8v4"; None = the file's, else kv_default, else k4v3
+    kv: str | None = None  # "k4v3,0-1:k8v4", "norms[:BITS]", "paper"; None = the file's, else kv_default, else k4v3
+    kv_source: str | None = None  # what Stats.recipe_source says of kv; None = "--kv", or the name
     k_type: str | None = None  # type of every key ("q4"), None = from the recipe
     v_type: str | None = None  # type of every value
     window: int = -1  # recent tokens kept in f16; -1 = the recipe's
@@ -96,7 +97,7 @@ class Memory:
 @dataclass(frozen=True, slots=True)
 class Stats:
     recipe: str  # text form, "k4v3"
-    recipe_source: str  # "-ctk/-ctv", "--kv", "file", "catalog" or "default"
+    recipe_source: str  # "-ctk/-ctv", "--kv", "norms", "paper", "file", "sidecar", "catalog" or "default"
     window: int
     sink: int
     n_ctx: int

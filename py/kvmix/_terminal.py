@@ -12,6 +12,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from . import _recipes
 from ._context import Context, mib
 
 if TYPE_CHECKING:
@@ -102,21 +103,24 @@ def rate(n: int, seconds: float) -> str:
     return f" {n / seconds:.1f} t/s" if n and seconds > 0 else ""
 
 
-def model_lines(name: str, model: Model, session: Session, context: Context) -> str:
+def model_lines(name: str, model: Model, session: Session, context: Context, f16_bytes: int) -> str:
+    """f16_bytes: of the same cache, all of it in f16."""
     info, stats = model.info, session.stats
     fits = f"at least {context.n_fits} fit" if context.n_fits >= context.n_trained else f"{context.n_fits} fit"
-    sliding = [layer for layer in session.layers if layer.span]
-    slide = ""
-    if sliding:
-        slide = f"\n{len(sliding)} of {info.n_layer} layers slide over {sliding[0].span} tokens: "
-        slide += f"{mib(sum(layer.kv_bytes for layer in sliding))} of it, whatever the context"
-    return (
+    lines = [
         f"{name}: {info.arch}, {info.n_params / 1e6:.0f} M parameters, {mib(info.weight_bytes)} ({info.weights}), "
-        f"{stats.n_threads} threads\n"
-        f"context {stats.n_ctx} (trained {context.n_trained}, {fits})\n"
-        f"KV {stats.recipe} ({stats.recipe_source}), window {stats.window}, sink {stats.sink}: "
-        f"{mib(stats.kv_bytes)}, {stats.bits_full:.1f} bits/value when full{slide}"
-    )
+        f"{stats.n_threads} threads",
+        f"context {stats.n_ctx} (trained {context.n_trained}, {fits})",
+        f"{_recipes.line(model, stats)}, window {stats.window}, sink {stats.sink}; KV {mib(stats.kv_bytes)} at "
+        f"{stats.n_ctx} instead of {mib(f16_bytes)}, {stats.bits_full:.1f} bits/value when full",
+    ]
+    sliding = [layer for layer in session.layers if layer.span]
+    if sliding:
+        lines.append(
+            f"{len(sliding)} of {info.n_layer} layers slide over {sliding[0].span} tokens: "
+            f"{mib(sum(layer.kv_bytes for layer in sliding))} of it, whatever the context"
+        )
+    return "\n".join([*lines, *_recipes.remarks(model, session)])
 
 
 def kv_table(session: Session) -> str:

@@ -256,7 +256,9 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
     context = choose_context(model, options)
     session = model.session(**{**options, "n_ctx": context.n_ctx, "memory_limit": context.memory_limit})
     _cli.mention_long_context(context.n_ctx, context.n_trained)
-    _terminal.say(_terminal.model_lines(resolved.name, model, session, context))
+    f16 = {"n_ctx": context.n_ctx, "kv": "f16", "k_type": None, "v_type": None}
+    f16_bytes = model.plan(**{**options, **f16}).kv_bytes
+    _terminal.say(_terminal.model_lines(resolved.name, model, session, context, f16_bytes))
     messages: list[Message] = []
     if args.system_prompt is not None:
         text = checked_text("-sys", unescape(args.system_prompt) if args.escape else args.system_prompt)

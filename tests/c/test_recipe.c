@@ -89,7 +89,8 @@ static kvmix_status resolve(const image *file, int32_t n_layer, const kvmix_sess
     kvm_gguf *gguf;
     kvmix_status status = kvm_gguf_open_memory(&gguf, file->bytes, file->n, "m.gguf");
     if (!CHECK_STATUS(KVMIX_OK, status)) return status;
-    status = kvm_recipe_resolve(&recipe, gguf, n_layer, options);
+    kvm_recipe_keys keys = {.model = gguf};
+    status = kvm_recipe_resolve(&recipe, &keys, n_layer, options);
     kvm_gguf_close(gguf);
     return status;
 }

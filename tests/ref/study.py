@@ -32,7 +32,7 @@ def grouped(x: Array, group: int) -> Array:
 
 
 def searched(levels: Array, fractions: tuple[float, ...], group: int = 64) -> Codec:
-    """The runtime's encoder (kvtype.h section 3) for the symmetric levels whose upper half is `levels` [m], ascending: a
+    """The runtime's encoder (kvtype.h section 3) for symmetric levels, `levels` [m] being the upper half: a
     least-squares scale, in f16, for every position and group of channels."""
     levels = levels.astype(np.float32)
     middles = (levels[1:] + levels[:-1]) / 2
