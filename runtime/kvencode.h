@@ -1,8 +1,8 @@
 /* kvencode.h - the two costly loops of packing a page, encoding and Hadamard (kvtype.h 2 and 3), as static functions.
  *
  * kvtype.c compiles them for every CPU, a kernel file once more for its instruction set. The source is the same and
- * nothing in it may be contracted or reordered (-ffp-contract=off), so the bits are too. Eight positions go through
- * the levels side by side in a vector of GCC's and Clang's vector extension; positions never meet.
+ * nothing in it may be contracted or reordered (-ffp-contract=off), so the bits are too. Eight positions, or 16, go
+ * through the levels side by side in a vector of GCC's and Clang's vector extension; positions never meet.
  */
 #ifndef KVM_KVENCODE_H
 #define KVM_KVENCODE_H
@@ -11,7 +11,11 @@
 
 #define KVM_INLINE static inline __attribute__((always_inline))
 
+#if defined(__AVX512F__)
+enum { KVM_WIDE = 16 };
+#else
 enum { KVM_WIDE = 8 };
+#endif
 typedef float kvm_wide __attribute__((vector_size(4 * KVM_WIDE), aligned(4), may_alias));
 typedef int32_t kvm_wide_int __attribute__((vector_size(4 * KVM_WIDE)));
 
@@ -57,7 +61,7 @@ KVM_INLINE kvm_wide nearest_level(const kvm_levels *levels, const int32_t n_posi
     return (kvm_wide)((kvm_wide_int)level ^ ((t < 0.0f) & INT32_MIN));
 }
 
-/* eight positions of one group: x [n_channels][128] from the first of them on -> scale [8] f16, codes [n_channels][128] */
+/* KVM_WIDE positions of one group: x [n_channels][128] from the first on -> scale f16, codes [n_channels][128] */
 KVM_INLINE void encode_wide(const kvm_kvtype_info *info, const kvm_levels *levels, const int32_t n_positive,
                             const float *x, int32_t n_channels, uint16_t *scale, uint8_t *codes) {
     const kvm_wide zero = {0};

@@ -232,3 +232,30 @@ void kvm_decode_page(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_
         }
     }
 }
+
+void kvm_roundtrip(kvm_kvtype type, kvm_side side, float *x, int32_t d, int32_t first, int32_t n_valid,
+                   const uint16_t *q_rms) {
+    uint8_t codes[KVM_HEAD_DIM_MAX * KVM_PAGE];
+    uint16_t scales[KVM_HEAD_DIM_MAX / KVM_GROUP * KVM_PAGE], mean[KVM_HEAD_DIM_MAX], balance[KVM_HEAD_DIM_MAX];
+    float level[256];
+    int32_t block = kvm_hadamard_block(d, side);
+    if (side == KVM_SIDE_K) {
+        kvm_precondition_k(x, d, first, n_valid, q_rms, NULL, mean, balance);
+    } else {
+        for (int32_t i = 0; i < d * KVM_PAGE; i++) x[i] = i % KVM_PAGE >= first && i % KVM_PAGE < n_valid ? x[i] : 0.0f;
+        kvm_hadamard(x, d, KVM_PAGE, block);
+    }
+    kvm_encode(type, x, d, codes, scales);
+    kvm_kvtype_levels(type, level);
+    for (int32_t i = 0; i < d * KVM_PAGE; i++) {
+        int32_t group = i / KVM_PAGE / kvm_group_of(d);
+        x[i] = kvm_f16_to_f32(scales[group * KVM_PAGE + i % KVM_PAGE]) * level[codes[i]];
+    }
+    kvm_hadamard(x, d, KVM_PAGE, block);
+    for (int32_t i = 0; i < d * KVM_PAGE; i++) {
+        int32_t c = i / KVM_PAGE;
+        bool inside = i % KVM_PAGE >= first && i % KVM_PAGE < n_valid;
+        if (!inside) x[i] = 0;
+        else if (side == KVM_SIDE_K) x[i] = x[i] * kvm_f16_to_f32(balance[c]) + kvm_f16_to_f32(mean[c]);
+    }
+}

@@ -143,6 +143,11 @@ void kvm_planes_unpack(kvm_kvtype type, kvm_side side, const uint8_t *page, int3
  * Only the codes and scales are read. Any type, f16 too. */
 void kvm_decode_page(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out);
 
+/* What a quantized type makes of a side, in the model's frame: x [d][128], K or V, is preconditioned with the page's
+ * own statistics (q_rms as above, not used for V), encoded, decoded and turned back. 0 outside [first, n_valid). */
+void kvm_roundtrip(kvm_kvtype type, kvm_side side, float *x, int32_t d, int32_t first, int32_t n_valid,
+                   const uint16_t *q_rms);
+
 #ifdef __cplusplus
 }
 #endif

@@ -6,11 +6,12 @@
 
 /* ---- matrices ------------------------------------------------------------------------------------------------ */
 
-/* Up to three matrices that read the same rows, multiplied in one run of the pool. */
+/* Up to three matrices that read the same rows, multiplied in one run of the pool, in tiles of 32 outputs. */
 typedef struct {
     kvm_backend *b;
     const float *x; /* [n_rows][ldx] */
     int32_t ldx, n_rows, n_matrices;
+    int32_t n_tiles, tiles_per_item;
     struct {
         const kvm_matrix *w;
         float *y; /* [n_rows][ldy] */
@@ -28,16 +29,6 @@ static void add_matrix(product *p, const kvm_matrix *w, float *y, int32_t ldy) {
     p->job[p->n_matrices++].ldy = ldy;
 }
 
-/* n weights of row o from column i on, in f32: where they are, or decoded */
-static const float *weights_of(const product *p, const kvm_matrix *w, int32_t o, int32_t i, int32_t n, float *decoded) {
-    const uint8_t *row = (const uint8_t *)w->data + (size_t)o * kvm_dtype_row_bytes(w->type, w->n_in);
-    row += kvm_dtype_row_bytes(w->type, i);
-    if (w->type == KVM_DTYPE_F32) return (const float *)(const void *)row;
-    if (w->type == KVM_DTYPE_F16) p->b->kernels->load_f16((const uint16_t *)(const void *)row, n, decoded);
-    else kvm_dtypes[w->type].decode(row, decoded, n);
-    return decoded;
-}
-
 /* y[r][o] for one tile of 32 outputs, activations in f32: weights decoded and transposed tile by tile. One path for any
  * number of rows, so that with act=f32 a prompt's bits do not depend on how it was cut into batches. */
 static void multiply_float(const product *p, const kvm_matrix *w, float *y, int32_t ldy, int32_t first, int32_t last,
@@ -47,28 +38,30 @@ static void multiply_float(const product *p, const kvm_matrix *w, float *y, int3
     }
     for (int32_t i = 0; i < w->n_in; i += KVM_TILE_IN) {
         int32_t n = kvm_min(KVM_TILE_IN, w->n_in - i);
-        for (int32_t o = first; o < last; o++) {
-            const float *weights = weights_of(p, w, o, i, n, s->decoded);
-            for (int32_t j = 0; j < n; j++) s->weights[j * KVM_TILE_OUT + o - first] = weights[j];
-        }
+        p->b->kernels->load_weights(w, first, last, i, s->weights);
         p->b->kernels->gemm_f32(p->n_rows, last - first, n, p->x + i, p->ldx, s->weights, KVM_TILE_OUT, y + first, ldy);
     }
 }
 
-static void multiply_tile(void *context, int32_t item, int32_t thread) {
-    const product *p = context;
+static void multiply_tile(const product *p, int32_t tile, int32_t thread) {
     int32_t m = 0, n_tiles;
-    while (item >= (n_tiles = kvm_ceil_div(p->job[m].w->n_out, KVM_TILE_OUT))) {
-        item -= n_tiles;
+    while (tile >= (n_tiles = kvm_ceil_div(p->job[m].w->n_out, KVM_TILE_OUT))) {
+        tile -= n_tiles;
         m++;
     }
     const kvm_matrix *w = p->job[m].w;
-    int32_t first = item * KVM_TILE_OUT, last = kvm_min(first + KVM_TILE_OUT, w->n_out);
+    int32_t first = tile * KVM_TILE_OUT, last = kvm_min(first + KVM_TILE_OUT, w->n_out);
     if (is_float(p->b, w)) {
         multiply_float(p, w, p->job[m].y, p->job[m].ldy, first, last, &p->b->scratch[thread]);
     } else {
         p->b->kernels->matmul_q8(w, first, last, p->b->q8, p->n_rows, p->job[m].y, p->job[m].ldy);
     }
+}
+
+static void multiply_tiles(void *context, int32_t item, int32_t thread) {
+    const product *p = context;
+    int32_t first = item * p->tiles_per_item, last = kvm_min(first + p->tiles_per_item, p->n_tiles);
+    for (int32_t tile = first; tile < last; tile++) multiply_tile(p, tile, thread);
 }
 
 static void quantize_row(void *context, int32_t row, int32_t thread) {
@@ -86,15 +79,17 @@ static void for_rows(kvm_backend *b, int32_t n_rows, kvm_pool_fn fn, void *conte
     }
 }
 
+/* With few rows the bound is reading the weights, and a thread prefetches what lies behind those it uses: it should be
+ * the one that needs them, so tiles are handed out in spans. */
 static void multiply(product *p) {
-    int32_t n_items = 0;
     bool quantized = false;
     for (int32_t i = 0; i < p->n_matrices; i++) {
-        n_items += kvm_ceil_div(p->job[i].w->n_out, KVM_TILE_OUT);
+        p->n_tiles += kvm_ceil_div(p->job[i].w->n_out, KVM_TILE_OUT);
         quantized |= !is_float(p->b, p->job[i].w);
     }
     if (quantized) for_rows(p->b, p->n_rows, quantize_row, p);
-    kvm_pool_run(p->b->pool, n_items, multiply_tile, p);
+    p->tiles_per_item = p->n_rows > KVM_FEW_ROWS ? 1 : kvm_ceil_div(p->n_tiles, 8 * kvm_pool_size(p->b->pool));
+    kvm_pool_run(p->b->pool, kvm_ceil_div(p->n_tiles, p->tiles_per_item), multiply_tiles, p);
 }
 
 /* ---- stages -------------------------------------------------------------------------------------------------- */
@@ -358,16 +353,20 @@ static widths measure(const kvm_net *net, const kvm_backend_options *options) {
 }
 
 static void carve_scratch(arena *a, const widths *w, bool studied, kvm_cpu_scratch *s) {
-    int32_t d = kvm_max(w->d_k, w->d_v);
+    int32_t d = kvm_max(w->d_k, w->d_v), k_groups = kvm_ceil_div(w->d_k, KVM_GROUP);
+    int32_t v_groups = kvm_ceil_div(w->d_v, KVM_GROUP);
     s->weights = carve(a, KVM_TILE_IN, KVM_TILE_OUT, sizeof(float));
-    s->decoded = carve(a, KVM_TILE_IN, 1, sizeof(float));
     s->k = carve(a, d, KVM_PAGE, sizeof(float));
     s->v = carve(a, d, KVM_PAGE, sizeof(float));
     s->codes = carve(a, d, KVM_PAGE, 1);
     s->q_rms = studied ? carve(a, w->d_k, KVM_PAGE, sizeof(float)) : NULL;
     s->q = carve(a, w->m_max, w->d_k, sizeof(float));
     s->q_packed = carve(a, w->m_max, w->d_k, sizeof(float));
+    s->q8 = (kvm_q8_queries){.q = carve(a, w->m_max, w->d_k, 1), .scale = carve(a, w->m_max, k_groups, sizeof(float)),
+                             .sum = carve(a, w->m_max, k_groups, sizeof(int32_t))};
     s->score = carve(a, w->m_max, KVM_PAGE, sizeof(float));
+    s->u8 = (kvm_u8_weights){.w = carve(a, w->m_max, v_groups * KVM_PAGE, 1),
+                             .scale = carve(a, w->m_max, v_groups * KVM_PAGE / KVM_WEIGHT_BLOCK, sizeof(float))};
     s->offset = carve(a, w->m_max, 1, sizeof(float));
     s->mean = carve(a, w->d_k, 1, sizeof(float));
     s->run = carve(a, 1, 1, kvm_cpu_partial_floats(w->m_max, w->d_v) * sizeof(float));
@@ -401,8 +400,9 @@ static void carve_workspace(arena *a, kvm_backend *b, int32_t n_threads) {
     b->partials = carve(a, 1, 1, w.partials * sizeof(float));
     b->q8 = carve(a, n_batch, 1, sizeof *b->q8);
     for (int32_t r = 0; r < n_batch; r++) {
-        kvm_q8_row row = {.q = carve(a, w.n_in, 1, 1), .scale = carve(a, w.n_in / 32 + 1, 1, sizeof(float)),
-                          .sum = carve(a, w.n_in / 16 + 1, 1, sizeof(float))};
+        int32_t n_blocks = w.n_in / KVM_Q8_BLOCK + 1;
+        kvm_q8_row row = {.q = carve(a, w.n_in, 1, 1), .scale = carve(a, n_blocks, 1, sizeof(float)),
+                          .sum = carve(a, n_blocks, 1, sizeof(float)), .sum16 = carve(a, n_blocks, 1, sizeof(float))};
         if (a->base != NULL) b->q8[r] = row;
     }
     b->scratch = carve(a, n_threads, 1, sizeof *b->scratch);

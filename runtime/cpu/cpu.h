@@ -6,17 +6,17 @@
 #include "../threads.h"
 #include "kernels.h"
 
-enum { KVM_TILE_OUT = 32, KVM_TILE_IN = 256 }; /* a tile of float weights: [256][32] */
-
 /* What one thread needs to itself. m_max queries of one KV head are attended together. */
 typedef struct {
-    float *weights;         /* [256][32], a tile of decoded weights, transposed; [32] rows decode into */
-    float *decoded;         /* [256] */
+    float *weights;         /* [256][32], a tile of decoded weights, transposed */
     float *k, *v;           /* [d][128], [128][d]: a page of one head; pack.c: page matrices */
     uint8_t *codes;         /* [d][128] */
     float *q_rms;           /* [d_k][128], for a page hook; else NULL */
     float *q, *q_packed;    /* [m_max][d_k]: scaled queries, as they are and as packed pages want them */
+    kvm_q8_queries q8;      /* q_packed in 8 bits */
+    int32_t owner;          /* attend.c, while it splits runs: block * n_head_kv + head whose queries these are */
     float *score;           /* [m_max][128] */
+    kvm_u8_weights u8;      /* of packed values, from score */
     float *offset;          /* [m_max]: q . mean of a page */
     float *mean;            /* [d_k] */
     float *run, *total;     /* partials of m_max queries: see attend.c */

@@ -1,4 +1,4 @@
-/* kernels_avx2.c - the table of kernels.h for AVX2 + FMA + F16C. matmul_avx2.c has the quantized matmul.
+/* kernels_avx2.c - the table of kernels.h for AVX2 + FMA + F16C. matmul_avx2.c has the matmul.
  *
  * The rule of kernels.h, that an output's bits depend on its own inputs only, is kept by giving every output one lane
  * from beginning to end: blocks and tails differ in which outputs they hold together, never in what is done to one.
@@ -8,6 +8,8 @@
 #include <immintrin.h>
 
 #include "../kvencode.h"
+#include "attend_x86.h"
+#include "kernels_avx2.h"
 #include "matmul_avx2.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -24,7 +26,6 @@ INLINE __m256i first_lanes(int32_t n) {
 }
 
 INLINE __m256 abs_vector(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
-INLINE float lane_0(__m256 v) { return _mm256_cvtss_f32(v); }
 
 /* lanes j and j + 4, then + 2, then + 1 */
 INLINE float fold_sum(__m256 v) {
@@ -81,6 +82,9 @@ INLINE void gemm_rows(const int32_t rows, const int32_t vectors, int32_t n, int3
     for (; j + W * vectors <= n; j += W * vectors) {
         gemm_block(rows, vectors, false, _mm256_setzero_si256(), k, a, lda, b + j, ldb, c + j, ldc);
     }
+    for (; vectors > 4 && j + W * 4 <= n; j += W * 4) {
+        gemm_block(rows, 4, false, _mm256_setzero_si256(), k, a, lda, b + j, ldb, c + j, ldc);
+    }
     for (; j < n; j += W) gemm_block(rows, 1, true, first_lanes(n - j), k, a, lda, b + j, ldb, c + j, ldc);
 }
 
@@ -105,7 +109,7 @@ static void gemm_f32(int32_t m, int32_t n, int32_t k, const float *a, int32_t ld
 
 /* ---- quantize_q8 -------------------------------------------------------------------------------------------- */
 
-static void quantize_q8(const float *x, int32_t n, kvm_q8_row out) {
+void kvm_avx2_quantize_q8(const float *x, int32_t n, kvm_q8_row out) {
     for (int32_t b = 0; b < n / KVM_Q8_BLOCK; b++, x += KVM_Q8_BLOCK) {
         __m256 v[4], amax = _mm256_setzero_ps(), not_number = _mm256_setzero_ps();
         for (int32_t i = 0; i < 4; i++) {
@@ -128,8 +132,8 @@ static void quantize_q8(const float *x, int32_t n, kvm_q8_row out) {
         sum = _mm256_hadd_epi32(sum, sum);
         sum = _mm256_hadd_epi32(sum, sum); /* each half of 16 inputs lies in a 128-bit lane */
         out.scale[b] = scale;
-        out.sum[2 * b] = scale * (float)_mm256_extract_epi32(sum, 0);
-        out.sum[2 * b + 1] = scale * (float)_mm256_extract_epi32(sum, 4);
+        out.sum[b] = scale * (float)(_mm256_extract_epi32(sum, 0) + _mm256_extract_epi32(sum, 4));
+        out.sum16[b] = scale * (float)_mm256_extract_epi32(sum, 0);
     }
 }
 
@@ -138,7 +142,7 @@ static void quantize_q8(const float *x, int32_t n, kvm_q8_row out) {
 INLINE __m128i load_16_bytes(const void *src) { return _mm_loadu_si128((const __m128i *)src); }
 INLINE __m256i load_32_bytes(const void *src) { return _mm256_loadu_si256((const __m256i *)src); }
 
-static void load_f16(const uint16_t *src, int32_t n, float *dst) {
+void kvm_avx2_load_f16(const uint16_t *src, int32_t n, float *dst) {
     int32_t i = 0;
     for (; i + W <= n; i += W) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(load_16_bytes(src + i)));
     for (; i < n; i++) dst[i] = _cvtsh_ss(src[i]);
@@ -197,14 +201,15 @@ INLINE void load_planes(const int32_t bits, const kvm_side side, __m256i level, 
     (side == KVM_SIDE_K ? load_planes(bits, KVM_SIDE_K, level, page, d, scales, out)                                   \
                         : load_planes(bits, KVM_SIDE_V, level, page, d, scales, out))
 
-static void load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {
+void kvm_avx2_load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {
     const uint16_t *halves = (const uint16_t *)(const void *)page;
     if (type == KVM_KVTYPE_F16) {
-        load_f16(halves, KVM_PAGE * d, out);
+        kvm_avx2_load_f16(halves, KVM_PAGE * d, out);
         return;
     }
     float scales[KVM_HEAD_DIM_MAX / KVM_GROUP * KVM_PAGE]; /* [groups][128] */
-    load_f16(halves + kvm_page_layout_of(type, side, d, false).scales / 2, d / kvm_group_of(d) * KVM_PAGE, scales);
+    int32_t scales_at = kvm_page_layout_of(type, side, d, false).scales / 2;
+    kvm_avx2_load_f16(halves + scales_at, d / kvm_group_of(d) * KVM_PAGE, scales);
     float table[256];
     int8_t bytes[16] = {0};
     kvm_kvtype_levels(type, table);
@@ -222,81 +227,45 @@ static void load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int
     }
 }
 
-/* ---- softmax_step, activations --------------------------------------------------------------------------------- */
+/* ---- softmax_step, silu_mul, gelu_mul ------------------------------------------------------------------------ */
 
-/* exp(x) within 1e-7 relative; 0 below -87.3, where it is no normal number, infinity above 88.37; NaN stays NaN.
- * x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) ~ 1 + r + r^2 (...), minimax, 4e-9 before rounding. */
-INLINE __m256 exp_vector(__m256 x) {
-    x = _mm256_min_ps(_mm256_set1_ps(88.5f), x); /* 2^n below is then at most infinity */
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p+0f)),
-                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e43p-1f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-0x1.05c61p-29f), r);
-    __m256 p = _mm256_set1_ps(0x1.6a23cep-10f);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.123a2p-7f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.5558f2p-5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.555492p-3f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.fffffcp-2f));
-    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
-    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    __m256 too_small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
-    return _mm256_andnot_ps(too_small, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+typedef __m256 floats;
+typedef int32_t ints __attribute__((vector_size(4 * W)));
+
+INLINE floats fused(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE floats smaller(floats a, floats b) { return _mm256_min_ps(a, b); }
+INLINE floats larger(floats a, floats b) { return _mm256_max_ps(a, b); }
+
+INLINE floats zero_below(floats v, floats x, float least) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(least), _CMP_LT_OQ), v);
 }
 
-static float softmax_step(float *score, float *m, float *l) {
-    __m256 max = _mm256_set1_ps(*m), sum = _mm256_setzero_ps();
-    for (int32_t i = 0; i < KVM_PAGE; i += W) max = _mm256_max_ps(max, _mm256_loadu_ps(score + i));
-    __m256 m_new = _mm256_set1_ps(fold_max(max));
-    for (int32_t i = 0; i < KVM_PAGE; i += W) {
-        __m256 p = exp_vector(_mm256_sub_ps(_mm256_loadu_ps(score + i), m_new));
-        _mm256_storeu_ps(score + i, p);
-        sum = _mm256_add_ps(sum, p);
-    }
-    float factor = lane_0(exp_vector(_mm256_sub_ps(_mm256_set1_ps(*m), m_new)));
-    *l = *l * factor + fold_sum(sum);
-    *m = lane_0(m_new);
-    return factor;
+INLINE floats load_first(const float *src, int32_t n) {
+    return n == W ? _mm256_loadu_ps(src) : _mm256_maskload_ps(src, first_lanes(n));
 }
 
-/* what the activation's exp is of: SiLU is gate / (1 + exp(-gate)), GELU gate / (1 + exp(-(...))) */
-INLINE __m256 gate_exponent(const bool gelu, __m256 gate) {
-    __m256 zero = _mm256_setzero_ps(), minus = _mm256_sub_ps(zero, gate);
-    if (!gelu) return minus;
-    __m256 square = _mm256_mul_ps(gate, gate);
-    __m256 factor = _mm256_fmadd_ps(square, _mm256_set1_ps(KVM_GELU_CUBIC), _mm256_set1_ps(1.0f));
-    return _mm256_mul_ps(_mm256_mul_ps(minus, _mm256_set1_ps(KVM_GELU_LINEAR)), factor);
+INLINE void store_first(float *dst, floats v, int32_t n) {
+    if (n == W) _mm256_storeu_ps(dst, v);
+    else _mm256_maskstore_ps(dst, first_lanes(n), v);
 }
 
-INLINE __m256 gate_vector(const bool gelu, __m256 gate, __m256 up) {
-    __m256 one = _mm256_set1_ps(1.0f), exp_minus = exp_vector(gate_exponent(gelu, gate));
-    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(one, exp_minus)), up);
-}
-
-INLINE void gate_mul(const bool gelu, float *gate, const float *up, int32_t n) {
-    int32_t i = 0;
-    for (; i + W <= n; i += W) {
-        _mm256_storeu_ps(gate + i, gate_vector(gelu, _mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
-    }
-    if (i < n) {
-        __m256i lanes = first_lanes(n - i);
-        __m256 tail = gate_vector(gelu, _mm256_maskload_ps(gate + i, lanes), _mm256_maskload_ps(up + i, lanes));
-        _mm256_maskstore_ps(gate + i, lanes, tail);
-    }
-}
-
-static void silu_mul(float *gate, const float *up, int32_t n) { gate_mul(false, gate, up, n); }
-static void gelu_mul(float *gate, const float *up, int32_t n) { gate_mul(true, gate, up, n); }
+#include "kernels_exp.h"
 
 const kvm_cpu_kernels kvm_kernels_avx2 = {
     .name = "avx2",
     .supported = supported,
     .gemm_f32 = gemm_f32,
-    .quantize_q8 = quantize_q8,
+    .quantize_q8 = kvm_avx2_quantize_q8,
     .matmul_q8 = kvm_matmul_avx2_q8,
-    .load_packed = load_packed,
+    .load_weights = kvm_matmul_avx2_load,
+    .load_packed = kvm_avx2_load_packed,
     .encode = encode_page,
     .hadamard = hadamard,
-    .load_f16 = load_f16,
+    .load_f16 = kvm_avx2_load_f16,
+    .gemm_f16 = kvm_avx2_gemm_f16,
+    .score_packed = kvm_avx2_score_packed,
+    .quantize_weights = kvm_avx2_quantize_weights,
+    .mix_packed = kvm_avx2_mix_packed,
     .softmax_step = softmax_step,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,

@@ -22,6 +22,7 @@ typedef struct {
     kvm_kvtype k, v;
     int32_t d_k, d_v, group, window, sink, span;
     bool balance_page, strict, two; /* two: another sequence shares the batches */
+    bool act_f32;                   /* packed pages in floats, not in 8-bit integers */
     int32_t batch;                  /* this one only, 0 = all */
 } shape;
 
@@ -95,7 +96,7 @@ static bool open_bench(bench *w, const shape *s, int32_t kernels) {
                              .sink = s->sink, .balance_page = s->balance_page};
     kvm_cache_sizes sizes = {.n_ctx = N_SEQ * N_CTX, .n_batch = N_BATCH, .n_seq = N_SEQ, .strict = s->strict};
     kvm_backend_options options = {.n_batch = N_BATCH, .n_logits = 1, .n_threads = 2, .n_ctx = N_SEQ * N_CTX,
-                                   .kernels = kernels};
+                                   .act_f32 = s->act_f32, .kernels = kernels};
     if (!CHECK_STATUS(KVMIX_OK, kvm_cache_open(&w->cache, &w->net, &w->recipe, &sizes))) return false;
     w->layout = kvm_cache_get_layout(w->cache);
     kvmix_status status = kvm_cpu_backend.open(&w->b, &w->net, w->layout, &options);
@@ -323,7 +324,12 @@ static void attend(const bench *w, int32_t seq, int32_t head, int32_t pos, doubl
     for (int32_t c = 0; c < w->s.d_v; c++) out[c] /= sum;
 }
 
-static double largest_error; /* NMSE of a row, of all that was checked */
+static double largest_error[2]; /* NMSE of a row, of all that was checked: with floats, with integers */
+
+/* NMSE that a row may have. In f32 it is up to a few 1e-12: logits of some tens, each rounded at 2^-24, are what errs.
+ * Queries in 8 bits move a logit by 0.5% of what logits differ by, weights in 8 bits are off by up to 1/510 of the
+ * largest of their block: together up to 3.4e-5. */
+static const double error_limit[2] = {1e-10, 6e-5};
 
 static const float *result_of(const bench *w, int32_t row) {
     return w->b->attention + (size_t)row * (size_t)w->b->o_width;
@@ -340,13 +346,13 @@ static void check_row(const bench *w, const kvm_plan *plan, int32_t r) {
             size += square(want[c]);
         }
     }
-    if (!(error / size <= largest_error)) largest_error = error / size;
-    /* f32 costs up to a few 1e-12: logits of some tens, each rounded at 2^-24, are what errs */
-    if (!CHECK(error <= 1e-10 * size)) {
-        const shape *s = &w->s;
-        fprintf(stderr, "    k %s v %s d %d %d group %d window %d sink %d span %d%s%s\n", kvm_kvtypes[s->k].name,
+    const shape *s = &w->s;
+    bool integers = !s->act_f32 && (s->k != KVM_KVTYPE_F16 || s->v != KVM_KVTYPE_F16);
+    if (!(error / size <= largest_error[integers])) largest_error[integers] = error / size;
+    if (!CHECK(error <= error_limit[integers] * size)) {
+        fprintf(stderr, "    k %s v %s d %d %d group %d window %d sink %d span %d%s%s%s\n", kvm_kvtypes[s->k].name,
                 kvm_kvtypes[s->v].name, s->d_k, s->d_v, s->group, s->window, s->sink, s->span,
-                s->balance_page ? " balance page" : "", s->strict ? " strict" : "");
+                s->balance_page ? " balance page" : "", s->strict ? " strict" : "", s->act_f32 ? " f32" : "");
         fprintf(stderr, "    kernels %d, position %d, row %d of %d: nmse %.2g\n", w->kernels, row->pos, r, plan->n_rows,
                 error / size);
     }
@@ -365,6 +371,20 @@ static void check_alone(bench *w, const kvm_plan *plan, int32_t r) {
     CHECK(memcmp(among, result_of(w, 0), n_bytes) == 0);
 }
 
+/* What is not finite in a query is not finite in its result, and there alone: it must reach the logits, which are
+ * checked. */
+static void check_not_finite(bench *w, const kvm_plan *plan) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY};
+    float *q = w->b->q + (size_t)(plan->n_rows - 1) * (size_t)w->b->q_width, before = q[1];
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
+        q[1] = odd[i];
+        CHECK_STATUS(KVMIX_OK, kvm_cpu_backend.attend(w->b, 0, plan));
+        const float *result = result_of(w, plan->n_rows - 1);
+        CHECK(!isfinite(result[0]) && (w->layer.n_head == 1 || isfinite(result[w->s.d_v])));
+    }
+    q[1] = before;
+}
+
 static void check_batch(bench *w, const kvm_plan *plan) {
     CHECK_STATUS(KVMIX_OK, kvm_cpu_backend.attend(w->b, 0, plan));
     for (int32_t r = 0, end; r < plan->n_rows; r = end) {
@@ -375,6 +395,8 @@ static void check_batch(bench *w, const kvm_plan *plan) {
             if ((i - r) % 6 == 0 || i == end - 1) check_row(w, plan, i);
         }
     }
+    check_not_finite(w, plan);
+    CHECK_STATUS(KVMIX_OK, kvm_cpu_backend.attend(w->b, 0, plan));
     check_alone(w, plan, plan->n_rows - 1);
 }
 
@@ -409,7 +431,7 @@ static void check_length(bench *w, int32_t length, int32_t batch) {
 
 /* every length with every batch that fits into it */
 static void check_shape(const shape *s) {
-    for (int32_t kernels = 1; kernels <= 2; kernels++) {
+    for (int32_t kernels = 1; kernels <= 3; kernels++) {
         bench w;
         bool usable = open_bench(&w, s, kernels);
         for (int32_t i = 0; usable && i < N_LENGTHS * N_BATCHES; i++) {
@@ -423,16 +445,22 @@ static void check_shape(const shape *s) {
 int main(void) {
     static const kvm_kvtype pairs[][2] = {{KVM_KVTYPE_Q4, KVM_KVTYPE_Q3}, {KVM_KVTYPE_Q2, KVM_KVTYPE_F16},
                                           {KVM_KVTYPE_F16, KVM_KVTYPE_Q8}};
-    static const int32_t dims[] = {64, 128, 256}, groups[] = {1, 3, 7};
+    static const int32_t dims[] = {64, 80, 96, 128, 256}, groups[] = {1, 3, 7};
     make_data();
-    for (int32_t i = 0; i < KVM_KVTYPE_COUNT * KVM_KVTYPE_COUNT; i++) {
-        kvm_kvtype k = (kvm_kvtype)(i / KVM_KVTYPE_COUNT), v = (kvm_kvtype)(i % KVM_KVTYPE_COUNT);
-        check_shape(&(shape){k, v, 64, 64, 3, .window = i % 2 * 128, .sink = 16, .balance_page = i / 2 % 2 == 0,
-                             .batch = batches[i % N_BATCHES]});
+    for (int32_t i = 0; i < 2 * KVM_KVTYPE_COUNT * KVM_KVTYPE_COUNT; i++) {
+        kvm_kvtype k = (kvm_kvtype)(i / 2 / KVM_KVTYPE_COUNT), v = (kvm_kvtype)(i / 2 % KVM_KVTYPE_COUNT);
+        check_shape(&(shape){k, v, 64, 64, 3, .window = i / 2 % 2 * 128, .sink = 16, .balance_page = i / 4 % 2 == 0,
+                             .act_f32 = i % 2 == 1, .batch = batches[i / 2 % N_BATCHES]});
     }
-    for (int32_t i = 0; i < 9; i++) {
+    for (int32_t i = 0; i < 15; i++) {
         check_shape(&(shape){KVM_KVTYPE_Q4, KVM_KVTYPE_Q3, dims[i / 3], dims[i / 3], groups[i % 3],
                              .window = i % 2 * 128, .sink = 16, .balance_page = i % 3 == 0});
+    }
+    for (int32_t i = 0; i < KVM_KVTYPE_COUNT; i++) {
+        kvm_kvtype type = (kvm_kvtype)i;
+        if (type == KVM_KVTYPE_Q8) continue; /* codec_error has it for 64 channels, the largest of more is larger */
+        check_shape(&(shape){type, type, dims[1 + i % 4], dims[1 + (i + 1) % 4], 7, .window = 128, .sink = 16,
+                             .act_f32 = true, .batch = batches[i % N_BATCHES]});
     }
     for (int32_t i = 0; i < 24; i++) { /* window, sinks and balance, for each pair */
         check_shape(&(shape){pairs[i / 8][0], pairs[i / 8][1], 64, 64, 1, .window = i % 2 * 128, .sink = i / 2 % 2 * 16,
@@ -444,6 +472,6 @@ int main(void) {
     check_shape(&(shape){KVM_KVTYPE_Q4, KVM_KVTYPE_Q3, 64, 64, 3, .sink = 16, .span = 1});
     check_shape(&(shape){KVM_KVTYPE_Q4, KVM_KVTYPE_Q4, 64, 64, 3, .sink = 16, .strict = true, .two = true});
     check_shape(&(shape){KVM_KVTYPE_Q2, KVM_KVTYPE_Q3, 64, 64, 1, .balance_page = true, .strict = true});
-    printf("largest NMSE of a row %.2g\n", largest_error);
+    printf("largest NMSE of a row %.2g, with integers %.2g\n", largest_error[0], largest_error[1]);
     return check_report();
 }

@@ -25,7 +25,7 @@ static float random_unit(void) { return (float)(random_u32() >> 8) * 0x1p-23f - 
 /* a finite f16 of either sign, 2^-9 <= |h| < 2^-5 */
 static uint16_t random_half(void) { return (uint16_t)((random_u32() & 0x8fffu) + 0x1800u); }
 
-enum { N_GUARDED = 256 };
+enum { N_GUARDED = 320 };
 static struct {
     void *base;
     size_t n_bytes;
@@ -97,7 +97,7 @@ static void check_gemm(const kvm_cpu_kernels *kernels, int32_t m, int32_t n, int
 }
 
 static void test_gemm(const kvm_cpu_kernels *kernels) {
-    static const int32_t n_values[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 72, 100, 128};
+    static const int32_t n_values[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 72, 100, 128, 159};
     static const int32_t k_values[] = {1, 2, 3, 64, 80, 128};
     for (int32_t m = 1; m <= 14; m++) {
         for (size_t n = 0; n < sizeof n_values / sizeof *n_values; n++) {
@@ -113,7 +113,8 @@ static void test_gemm(const kvm_cpu_kernels *kernels) {
 /* ---- quantize_q8 -------------------------------------------------------------------------------------------- */
 
 static kvm_q8_row guarded_row(int32_t n) {
-    return (kvm_q8_row){guarded((size_t)n), guarded_floats(n / KVM_Q8_BLOCK), guarded_floats(n / 16)};
+    int32_t b = n / KVM_Q8_BLOCK;
+    return (kvm_q8_row){guarded((size_t)n), guarded_floats(b), guarded_floats(b), guarded_floats(b)};
 }
 
 /* x: [n], nothing but finite numbers */
@@ -123,7 +124,8 @@ static void check_quantize(const kvm_cpu_kernels *kernels, const float *x, int32
     kvm_kernels_scalar.quantize_q8(x, n, want);
     CHECK(memcmp(got.q, want.q, (size_t)n) == 0);
     CHECK(same_bits(got.scale, want.scale, n / KVM_Q8_BLOCK));
-    CHECK(same_bits(got.sum, want.sum, n / 16));
+    CHECK(same_bits(got.sum, want.sum, n / KVM_Q8_BLOCK));
+    CHECK(same_bits(got.sum16, want.sum16, n / KVM_Q8_BLOCK));
     bool near = true, full = true, sums = true;
     for (int32_t b = 0; b < n / KVM_Q8_BLOCK; b++) {
         double scale = (double)got.scale[b];
@@ -135,7 +137,8 @@ static void check_quantize(const kvm_cpu_kernels *kernels, const float *x, int32
             near = near && fabs((double)x[KVM_Q8_BLOCK * b + i] - scale * q) <= 0.50002 * scale;
         }
         full = full && largest == (scale > 0 ? 127 : 0);
-        for (int32_t h = 0; h < 2; h++) sums = sums && got.sum[2 * b + h] == got.scale[b] * (float)sum[h];
+        sums = sums && got.sum[b] == got.scale[b] * (float)(sum[0] + sum[1]);
+        sums = sums && got.sum16[b] == got.scale[b] * (float)sum[0];
     }
     CHECK(near);
     CHECK(full);
@@ -269,11 +272,14 @@ static void check_matmul_exact(const kvm_cpu_kernels *kernels, int32_t format, i
     float *y = guarded_floats(N_ROWS * N_OUT);
     for (int32_t r = 0; r < N_ROWS; r++) {
         x[r] = guarded_row(N_IN);
-        for (int32_t i = 0; i < N_IN / 16; i++) x[r].sum[i] = 0;
-        for (int32_t i = 0; i < N_IN / KVM_Q8_BLOCK; i++) x[r].scale[i] = 1;
+        for (int32_t i = 0; i < N_IN / KVM_Q8_BLOCK; i++) {
+            x[r].scale[i] = 1;
+            x[r].sum[i] = x[r].sum16[i] = 0;
+        }
         for (int32_t i = 0; i < N_IN; i++) {
             x[r].q[i] = (int8_t)(activation != 0 ? activation : (int32_t)(random_u32() % 255) - 127);
-            x[r].sum[i / 16] += x[r].q[i];
+            x[r].sum[i / KVM_Q8_BLOCK] += x[r].q[i];
+            x[r].sum16[i / KVM_Q8_BLOCK] += i % KVM_Q8_BLOCK < 16 ? x[r].q[i] : 0;
         }
     }
     kernels->matmul_q8(&w, 0, N_OUT, x, N_ROWS, y, N_OUT);
@@ -302,6 +308,58 @@ static void test_matmul(const kvm_cpu_kernels *kernels) {
         check_matmul(kernels, f, 2048, 8, 3);
         for (size_t i = 0; i < sizeof fills / sizeof *fills; i++) {
             for (size_t j = 0; j < 3; j++) check_matmul_exact(kernels, f, fills[i], activations[j]);
+        }
+    }
+}
+
+/* ---- load_weights ------------------------------------------------------------------------------------------- */
+
+/* every tile of a matrix, and one of its last output alone */
+static void check_load_weights(const kvm_cpu_kernels *kernels, const kvm_matrix *w) {
+    float *decoded = guarded_floats(w->n_in);
+    bool same = true;
+    for (int32_t i = 0; i < w->n_in; i += KVM_TILE_IN) {
+        int32_t n = kvm_min(KVM_TILE_IN, w->n_in - i);
+        float *tile = guarded_floats(n * KVM_TILE_OUT), *alone = guarded_floats(n * KVM_TILE_OUT);
+        kernels->load_weights(w, w->n_out - 1, w->n_out, i, alone);
+        for (int32_t first = 0; first < w->n_out; first += KVM_TILE_OUT) {
+            int32_t last = kvm_min(first + KVM_TILE_OUT, w->n_out);
+            kernels->load_weights(w, first, last, i, tile);
+            for (int32_t o = first; o < last; o++) {
+                decode_row(w, o, decoded);
+                for (int32_t l = 0; l < n; l++) {
+                    same = same && same_bits(&tile[l * KVM_TILE_OUT + o - first], &decoded[i + l], 1);
+                    if (o == w->n_out - 1) same = same && same_bits(&alone[l * KVM_TILE_OUT], &decoded[i + l], 1);
+                }
+            }
+        }
+    }
+    if (!CHECK(same)) {
+        fprintf(stderr, "    load_weights of %s, %s, n_in %d n_out %d\n", kernels->name, kvm_dtypes[w->type].name,
+                w->n_in, w->n_out);
+    }
+    release_guarded();
+}
+
+static void test_load_weights(const kvm_cpu_kernels *kernels) {
+    static const kvm_dtype numbers[] = {KVM_DTYPE_F32, KVM_DTYPE_F16, KVM_DTYPE_BF16};
+    static const int32_t n_outs[] = {1, 7, 8, 9, 15, 16, 17, 32, 43}, n_ins[] = {1, 3, 4, 7, 8, 23, 64, 256, 331};
+    for (size_t o = 0; o < sizeof n_outs / sizeof *n_outs; o++) {
+        for (int32_t f = 0; f < N_FORMATS; f++) {
+            int32_t block = kvm_dtypes[formats[f].type].block_values;
+            kvm_matrix one = make_matrix(f, block, n_outs[o], false, -1);
+            check_load_weights(kernels, &one);
+            kvm_matrix more = make_matrix(f, 576 / block * block, n_outs[o], false, -1);
+            check_load_weights(kernels, &more);
+        }
+        for (size_t i = 0; i < sizeof n_ins / sizeof *n_ins; i++) {
+            for (size_t t = 0; t < sizeof numbers / sizeof *numbers; t++) {
+                size_t n_bytes = (size_t)(n_ins[i] * n_outs[o] * kvm_dtypes[numbers[t]].block_bytes);
+                kvm_matrix w = {numbers[t], n_ins[i], n_outs[o], guarded(n_bytes)};
+                uint16_t *halves = (uint16_t *)(uintptr_t)w.data; /* finite: of a NaN, a decoder may change the bits */
+                for (size_t h = 0; h < n_bytes / 2; h++) halves[h] = random_half();
+                check_load_weights(kernels, &w);
+            }
         }
     }
 }
@@ -358,6 +416,39 @@ static void test_load_f16(const kvm_cpu_kernels *kernels) {
         CHECK(right);
     }
     release_guarded();
+}
+
+/* ---- encode, hadamard --------------------------------------------------------------------------------------- */
+
+/* bits of kvm_encode and kvm_hadamard, whatever a position holds: numbers of any size, ties, nothing, NaN, infinity */
+static void test_encode(const kvm_cpu_kernels *kernels) {
+    static const int32_t d_values[] = {16, 48, 64, 80, 128, 256};
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, 0x1p-140f, -0.0f};
+    for (size_t i = 0; i < sizeof d_values / sizeof *d_values; i++) {
+        int32_t d = d_values[i], n = d * KVM_PAGE, n_scales = d / kvm_group_of(d) * KVM_PAGE;
+        float *x = guarded_floats(n), *want_x = guarded_floats(n);
+        uint8_t *codes = guarded((size_t)n), *want_codes = guarded((size_t)n);
+        uint16_t *scales = guarded((size_t)n_scales * 2), *want_scales = guarded((size_t)n_scales * 2);
+        for (int32_t at = 0; at < n; at++) {
+            int32_t p = at % KVM_PAGE;
+            bool is_odd = p >= 100 && random_u32() % 64 == 0;
+            x[at] = p == 0 ? 0.0f : p == 1 ? (float)(random_u32() % 8) : random_unit() * ldexpf(1, p % 60 - 30);
+            if (is_odd) x[at] = odd[random_u32() % 6];
+        }
+        for (int32_t type = KVM_KVTYPE_F16 + 1; type < KVM_KVTYPE_COUNT; type++) {
+            kernels->encode((kvm_kvtype)type, x, d, codes, scales);
+            kvm_encode((kvm_kvtype)type, x, d, want_codes, want_scales);
+            bool same = memcmp(codes, want_codes, (size_t)n) == 0;
+            same = same && memcmp(scales, want_scales, (size_t)n_scales * 2) == 0;
+            if (!CHECK(same)) fprintf(stderr, "    encode of %s, %s d %d\n", kernels->name, kvm_kvtypes[type].name, d);
+        }
+        for (int32_t at = 0; at < n; at++) x[at] = random_unit();
+        memcpy(want_x, x, (size_t)n * sizeof *x);
+        kernels->hadamard(x, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_K));
+        kvm_hadamard(want_x, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_K));
+        CHECK(same_bits(x, want_x, n));
+        release_guarded();
+    }
 }
 
 /* ---- softmax_step ------------------------------------------------------------------------------------------- */
@@ -450,6 +541,7 @@ int main(void) {
         &kvm_kernels_scalar,
 #if defined(__x86_64__)
         &kvm_kernels_avx2,
+        &kvm_kernels_avx512,
 #endif
     };
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
@@ -458,8 +550,10 @@ int main(void) {
         test_quantize(tables[i]);
         test_quantize_odd(tables[i]);
         test_matmul(tables[i]);
+        test_load_weights(tables[i]);
         test_load_packed(tables[i]);
         test_load_f16(tables[i]);
+        test_encode(tables[i]);
         test_softmax(tables[i]);
         test_gate(tables[i]->silu_mul, silu_z, 0);
         test_gate(tables[i]->gelu_mul, gelu_z, 3e-7); /* five roundings */
