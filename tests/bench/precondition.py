@@ -72,7 +72,8 @@ def balances(layer: Attention, neighbours: bool) -> np.ndarray:
         mean = np.broadcast_to(np.sqrt(np.square(pairs).mean(axis=2, keepdims=True)), pairs.shape)
         return (mean if neighbours else mean.swapaxes(1, 2)).reshape(x.shape)
 
-    ratio = np.sqrt(paired(k) / paired(q))
+    k, q = (np.maximum(x, 2**-10 * x.max(axis=1, keepdims=True)) for x in (paired(k), paired(q)))
+    ratio = np.sqrt(k / q)
     return np.clip(ratio / np.exp(np.log(ratio).mean(axis=1, keepdims=True)), 1 / 16, 16)
 
 
