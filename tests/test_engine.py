@@ -15,14 +15,15 @@ import pytest
 import kvmix
 import tiny
 from kvmix import Row
-from kvmix._native import Page
+from kvmix._native import Page, cpu_kernels
 from kvmix.perplexity import main as perplexity_main
 from ref import perplexity as reference
 from ref.cache import CacheOptions, LayerCache
 from ref.codec import PAGE, nmse
 from ref.model import Model, Sequence, load
 
-KERNELS = ["scalar", "avx2"]
+ALL_KERNELS = ["scalar", "avx2", "avx512"]
+KERNELS = ALL_KERNELS[: ALL_KERNELS.index(cpu_kernels()) + 1]  # those that this machine can run
 WEIGHTS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 SMALL = {"n_embd": 128, "n_ff": 256}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -307,8 +308,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"kv": "k2v4,0:k8v8", "act": "q8", "kernels": "avx2", "window": 0},
     {"kv": "k3v2", "act": "q8", "kernels": "scalar", "balance_page": 1},
     {"kv": "f16", "act": "q8", "kernels": "avx2"},
+    {"kv": "k4v3", "act": "f32", "kernels": "avx512"},
+    {"kv": "k4v2,0:k6v5", "act": "q8", "kernels": "avx512", "window": 0},
+    {"kv": "f16", "act": "q8", "kernels": "avx512"},
 ]
-settings = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+RUNNABLE = [setting for setting in SETTINGS if setting["kernels"] in KERNELS]
+settings = pytest.mark.parametrize("setting", RUNNABLE, ids=lambda s: "-".join(map(str, s.values())))
 QUANTIZED = {"weight_type": "Q4_K", "n_embd": 256}
 
 
