@@ -135,7 +135,7 @@ typedef struct {
     int32_t n_batch, n_logits; /* most rows of a batch; most of them with logits */
     int32_t n_threads;         /* CPU: 0 = the cores this process may use */
     int32_t n_ctx;             /* longest sequence */
-    bool act_f32;              /* float activations in the matmuls */
+    bool act_f32;              /* float activations in the matmuls and in attention */
     int32_t kernels;           /* as kvmix_session_options.kernels */
     kvmix_page_hook page_hook; /* as there; pack() calls it in place of a codec */
     void *page_hook_user;

@@ -157,7 +157,7 @@ typedef struct {
     int32_t window;          /* recent tokens kept in f16; -1 = the recipe's, else 128 */
     int32_t sink;            /* first tokens kept in f16, 0..64; -1 = the recipe's, else 16 */
     int32_t balance_page;    /* 1 = a key balance for every page, 0 = frozen at the first page; -1 = the recipe's */
-    int32_t act_f32;         /* 1 = float activations in the matmuls: the path of the numerical bounds */
+    int32_t act_f32;         /* 1 = float activations in the matmuls and attention: the path of the numerical bounds */
     kvmix_page_hook page_hook; /* NULL = none. Called by the thread that decodes, pages ascending; in strict mode an
                                   open page comes again as it grows */
     void *page_hook_user;
