@@ -89,6 +89,9 @@ typedef struct {
     int32_t n_store;                        /* sequences and checkpoints */
 } kvm_cache_layout;
 
+/* in the backend's memory: a page of a pool, or a sequence's store */
+typedef enum { KVM_SLOT_F16, KVM_SLOT_PACKED, KVM_SLOT_STORE } kvm_slot_kind;
+
 /* ---- the plan of one batch ---------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -172,6 +175,12 @@ typedef struct {
     kvmix_status (*logits)(kvm_backend *backend, const float **out);
     /* a fork's sinks and balance */
     kvmix_status (*copy_store)(kvm_backend *backend, int32_t from, int32_t to);
+
+    /* One slot of a layer, its f16_bytes, packed_bytes or store_bytes, in the canonical layout: as kvm_layer_layout has
+     * it, whatever the backend does within a page. Only a device that is dead then can fail. */
+    kvmix_status (*export_slot)(kvm_backend *backend, int32_t layer, kvm_slot_kind kind, int32_t slot, uint8_t *out);
+    kvmix_status (*import_slot)(kvm_backend *backend, int32_t layer, kvm_slot_kind kind, int32_t slot,
+                                const uint8_t *in);
 } kvm_backend_ops;
 
 extern const kvm_backend_ops kvm_cpu_backend;

@@ -24,6 +24,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "hash.h"
+
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "numbers of the file are loaded as they lie");
 
 #define MAX_HEADER_BYTES (UINT64_C(128) << 20)
@@ -72,6 +74,7 @@ struct kvm_gguf {
     kvm_gguf_tensor *tensors; /* [n_tensors] */
     uint64_t n_keys, n_tensors;
     name_table key_table, tensor_table;
+    kvm_gguf *next; /* the part appended to it, and so on */
 };
 
 typedef struct {
@@ -371,6 +374,7 @@ static kvmix_status read_tensor(reader *r, kvm_gguf_tensor *tensor, extent *plac
         return damaged(r, at, "offset %" PRIu64 " and size %" PRIu64 " overflow", place->begin, tensor->n_bytes);
     place->at = at;
     place->name = &tensor->name;
+    tensor->index = (int32_t)r->file->n_tensors;
     return KVMIX_OK;
 }
 
@@ -547,6 +551,7 @@ kvmix_status kvm_gguf_open_memory(kvm_gguf **out, const void *data, size_t n_byt
 
 void kvm_gguf_close(kvm_gguf *file) {
     if (file == NULL) return;
+    kvm_gguf_close(file->next);
     if (file->storage == MAPPED) munmap((void *)file->bytes, file->n_bytes);
     if (file->storage == ALLOCATED) free((void *)file->bytes);
     free(file->key_table.slots);
@@ -560,22 +565,39 @@ void kvm_gguf_close(kvm_gguf *file) {
 /* ---- questions --------------------------------------------------------------------------------------------- */
 
 const char *kvm_gguf_name(const kvm_gguf *file) { return file->name; }
-uint64_t kvm_gguf_file_bytes(const kvm_gguf *file) { return file->n_bytes; }
+
+uint64_t kvm_gguf_file_bytes(const kvm_gguf *file) {
+    uint64_t n_bytes = 0;
+    for (; file != NULL; file = file->next) n_bytes += file->n_bytes;
+    return n_bytes;
+}
 
 uint32_t kvm_gguf_header_crc32(const kvm_gguf *file) {
-    uint32_t table[256], crc = UINT32_MAX;
-    for (uint32_t i = 0; i < 256; i++) {
-        table[i] = i;
-        for (int bit = 0; bit < 8; bit++) table[i] = (table[i] >> 1) ^ (table[i] & 1 ? 0xEDB88320 : 0);
-    }
-    for (uint64_t i = 0; i < file->n_header_bytes; i++) crc = (crc >> 8) ^ table[(crc ^ file->bytes[i]) & 255];
-    return ~crc;
+    return kvm_hash_crc32(0, file->bytes, (size_t)file->n_header_bytes);
 }
-int32_t kvm_gguf_n_tensors(const kvm_gguf *file) { return (int32_t)file->n_tensors; }
-const kvm_gguf_tensor *kvm_gguf_tensor_at(const kvm_gguf *file, int32_t index) { return &file->tensors[index]; }
+
+int32_t kvm_gguf_n_tensors(const kvm_gguf *file) {
+    uint64_t n_tensors = 0;
+    for (; file != NULL; file = file->next) n_tensors += file->n_tensors;
+    return (int32_t)n_tensors;
+}
+
+const kvm_gguf_tensor *kvm_gguf_tensor_at(const kvm_gguf *file, int32_t index) {
+    uint64_t i = (uint64_t)index;
+    for (; i >= file->n_tensors; file = file->next) i -= file->n_tensors;
+    return &file->tensors[i];
+}
 
 const kvm_gguf_tensor *kvm_gguf_find(const kvm_gguf *file, const char *name) {
-    return table_find(&file->tensor_table, name);
+    const kvm_gguf_tensor *found = NULL;
+    for (; file != NULL && found == NULL; file = file->next) found = table_find(&file->tensor_table, name);
+    return found;
+}
+
+void kvm_gguf_append(kvm_gguf *file, kvm_gguf *part) {
+    for (uint64_t i = 0; i < part->n_tensors; i++) part->tensors[i].index += kvm_gguf_n_tensors(file);
+    while (file->next != NULL) file = file->next;
+    file->next = part;
 }
 
 static const key_entry *find_key(const kvm_gguf *file, const char *key, bool *found) {

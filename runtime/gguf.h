@@ -36,6 +36,7 @@ typedef struct {
 
 typedef struct {
     kvm_text name;
+    int32_t index; /* kvm_gguf_tensor_at(file, index) is this one */
     kvm_dtype type;
     int32_t n_dims;
     uint64_t dim[4]; /* as in the file: dim[0] is the fast one; 1 past n_dims. A matrix has dim[1] rows of dim[0] */
@@ -51,9 +52,14 @@ kvmix_status kvm_gguf_open(kvm_gguf **out, const char *path, bool use_mmap);
 kvmix_status kvm_gguf_open_memory(kvm_gguf **out, const void *data, size_t n_bytes, const char *name);
 void kvm_gguf_close(kvm_gguf *file);
 
+/* Makes `part` a part of `file`, which will close it: its tensors and bytes count as the file's, its keys do not. The
+ * caller has seen that the two share no tensor's name, and have no more than INT32_MAX tensors. */
+void kvm_gguf_append(kvm_gguf *file, kvm_gguf *part);
+
 const char *kvm_gguf_name(const kvm_gguf *file); /* the path */
 uint64_t kvm_gguf_file_bytes(const kvm_gguf *file);
-/* zlib's CRC-32 of all that comes before the tensor data: with the size, it tells one model's file from another's. */
+/* zlib's CRC-32 of all that comes before the tensor data: with the size, it tells one model's file from another's.
+ * Appended parts are left out. */
 uint32_t kvm_gguf_header_crc32(const kvm_gguf *file);
 
 /* Typed access. Each returns OK and sets *found = false (the value untouched) when the key is absent; FORMAT, naming

@@ -1,130 +1,7 @@
 /* kvcache.c - page lists, references and plans; the numbered invariants are in kvcache.h. */
 #include <stdlib.h>
 
-#include "kvcache.h"
-
-typedef struct {
-    int32_t f16, packed; /* slots, -1 = none */
-    int32_t fill, refs, f16_refs;
-    bool counted_f16, counted_packed; /* by kvm_cache_usage */
-} page;
-
-typedef struct {
-    int32_t *ids; /* the free ones, a stack */
-    int32_t n;
-} free_list;
-
-typedef struct {
-    int32_t span;
-    bool packs;            /* some layer has a quantized side */
-    int32_t n_page;
-    page *pages;           /* [n_page] */
-    free_list free_pages, free_f16, free_packed;
-    uint64_t f16_value_bytes; /* of one token */
-    uint64_t packed_bytes, store_bytes; /* of a page; of sinks and balance of a sequence */
-    kvm_plan plan;
-    kvm_plan_row *rows;    /* [n_batch] */
-    kvm_view *views;       /* [n_seq] */
-    kvm_page_slots *slots; /* [n_seq][max_pages], behind the views */
-    kvm_pack_job *packs_list; /* [max_packs] */
-    bool *is_new;          /* [max_packs]: the job's packed slot was taken for it */
-    kvm_copy_job *copies;  /* [n_seq] */
-} group;
-
-typedef struct {
-    int32_t *pages; /* [max_pages] page ids, valid from first_page to n_pages - 1 */
-    int32_t first_page, n_pages, f16_from;
-} page_list;
-
-typedef struct {
-    int32_t length;
-    bool frozen;       /* its store has the sinks and the balance of page 0 (invariant 9) */
-    int32_t owner;     /* of a checkpoint: its sequence, -1 while free */
-    uint64_t stamp;    /* of a checkpoint: when it was taken */
-    int32_t *tokens;   /* [n_ctx] */
-    page_list *lists;  /* [n_group] */
-} sequence;
-
-typedef struct { /* what begin() did to one sequence in one group */
-    int32_t old_n_pages, old_fill, replaced; /* replaced: page id of the open page that was copied, -1 = none */
-} journal_entry;
-
-struct kvm_cache {
-    kvm_cache_sizes sizes;
-    int32_t n_slots, max_pages, n_group, max_packs;
-    kvm_cache_layout layout;
-    kvm_layer_layout *layers; /* [n_layer] */
-    int32_t *n_f16, *n_packed; /* [n_group] */
-    group *groups;
-    sequence *sequences; /* [n_slots] */
-    uint64_t next_stamp;
-    kvm_cache_bytes bytes;
-
-    /* the batch between begin and commit */
-    int32_t n_views;
-    int32_t *view_seq, *view_rows;  /* [n_seq] sequence and number of rows of each view */
-    journal_entry *journal;         /* [n_seq][n_group] */
-    kvm_plan *plans;                /* [n_group] */
-};
-
-/* ---- pages --------------------------------------------------------------------------------------------------- */
-
-static int32_t take(free_list *list) { return list->n > 0 ? list->ids[--list->n] : -1; }
-static void give(free_list *list, int32_t id) { list->ids[list->n++] = id; }
-
-static void drop_packed(group *g, page *p) {
-    if (p->packed >= 0) give(&g->free_packed, p->packed);
-    p->packed = -1;
-}
-
-static void release_f16(group *g, page *p) {
-    if (--p->f16_refs > 0) return;
-    give(&g->free_f16, p->f16);
-    p->f16 = -1;
-}
-
-static void release(group *g, int32_t id, bool holds_f16) {
-    page *p = &g->pages[id];
-    if (holds_f16) release_f16(g, p);
-    if (--p->refs > 0) return;
-    drop_packed(g, p);
-    give(&g->free_pages, id);
-}
-
-/* a new page with an f16 slot, held once; -1 when there is none */
-static int32_t new_page(group *g, int32_t fill) {
-    int32_t slot = take(&g->free_f16);
-    if (slot < 0) return -1;
-    int32_t id = take(&g->free_pages); /* there are as many pages as slots of both kinds */
-    g->pages[id] = (page){.f16 = slot, .packed = -1, .fill = fill, .refs = 1, .f16_refs = 1};
-    return id;
-}
-
-static void cut_list(group *g, page_list *list, int32_t n_pages) {
-    for (int32_t p = n_pages; p < list->n_pages; p++) {
-        if (p >= list->first_page) release(g, list->pages[p], p >= list->f16_from);
-    }
-    list->n_pages = kvm_min(list->n_pages, n_pages);
-    list->first_page = kvm_min(list->first_page, list->n_pages);
-    list->f16_from = kvm_min(list->f16_from, list->n_pages);
-}
-
-/* ---- positions ----------------------------------------------------------------------------------------------- */
-
-static int32_t cut_of(const kvm_cache *cache, const group *g, int32_t pos) {
-    if (!g->packs) return 0;
-    if (cache->sizes.strict) return KVM_PAGE * (pos / KVM_PAGE + 1);
-    return kvm_max(0, pos - cache->layout.window) / KVM_PAGE * KVM_PAGE;
-}
-
-static int32_t first_visible(const group *g, int32_t pos) { return g->span ? kvm_max(0, pos - g->span + 1) : 0; }
-
-/* invariant 3: the first page whose f16 form a sequence of this length must hold */
-static int32_t f16_needed_from(const kvm_cache *cache, const group *g, int32_t length) {
-    if (!g->packs) return 0;
-    int32_t cut = kvm_max(0, length - cache->layout.window) / KVM_PAGE;
-    return kvm_max(0, cut - 1);
-}
+#include "kvpages.h"
 
 /* ---- opening ------------------------------------------------------------------------------------------------- */
 
@@ -334,6 +211,7 @@ void kvm_cache_close(kvm_cache *cache) {
     free(cache);
 }
 
+const kvm_cache_sizes *kvm_cache_get_sizes(const kvm_cache *cache) { return &cache->sizes; }
 const kvm_cache_layout *kvm_cache_get_layout(const kvm_cache *cache) { return &cache->layout; }
 kvm_cache_bytes kvm_cache_get_bytes(const kvm_cache *cache) { return cache->bytes; }
 int32_t kvm_cache_length(const kvm_cache *cache, int32_t seq) { return cache->sequences[seq].length; }
@@ -575,15 +453,6 @@ void kvm_cache_abort(kvm_cache *cache) {
 
 /* ---- sequences ----------------------------------------------------------------------------------------------- */
 
-static void shorten(kvm_cache *cache, sequence *seq, int32_t n_tokens) {
-    for (int32_t g = 0; g < cache->n_group; g++) {
-        cut_list(&cache->groups[g], &seq->lists[g], kvm_ceil_div(n_tokens, KVM_PAGE));
-        if (n_tokens == 0) seq->lists[g].first_page = seq->lists[g].f16_from = 0;
-    }
-    seq->length = n_tokens;
-    seq->frozen &= n_tokens >= KVM_PAGE;
-}
-
 /* dst, empty, becomes a copy of src that shares its pages; with `least` only the f16 forms that a next row reads */
 static void share(kvm_cache *cache, const sequence *src, sequence *dst, bool least) {
     dst->length = src->length;
@@ -606,26 +475,9 @@ static void share(kvm_cache *cache, const sequence *src, sequence *dst, bool lea
     }
 }
 
-static int32_t slot_of(const kvm_cache *cache, const sequence *seq) { return (int32_t)(seq - cache->sequences); }
-
-/* invariant 7 */
-static void drop_checkpoints(kvm_cache *cache, int32_t seq, int32_t longer_than) {
-    for (int32_t i = cache->sizes.n_seq; i < cache->n_slots; i++) {
-        sequence *checkpoint = &cache->sequences[i];
-        if (checkpoint->owner != seq || checkpoint->length <= longer_than) continue;
-        shorten(cache, checkpoint, 0);
-        checkpoint->owner = -1;
-    }
-}
-
-/* can a sequence be cut to n_tokens with all that its next row reads still there? */
 static bool is_exact(const kvm_cache *cache, const sequence *seq, int32_t n_tokens) {
-    for (int32_t i = 0; i < cache->n_group; i++) {
-        const group *g = &cache->groups[i];
-        const page_list *list = &seq->lists[i];
-        int32_t cut = g->packs ? kvm_max(0, n_tokens - cache->layout.window) / KVM_PAGE : 0;
-        if (list->f16_from > kvm_max(cut, list->first_page)) return false;
-        if (list->first_page * KVM_PAGE > first_visible(g, n_tokens)) return false;
+    for (int32_t g = 0; g < cache->n_group; g++) {
+        if (!list_is_exact(cache, &cache->groups[g], &seq->lists[g], n_tokens)) return false;
     }
     return true;
 }
@@ -667,17 +519,11 @@ void kvm_cache_fork(kvm_cache *cache, int32_t src, int32_t dst, kvm_copy_job *st
 void kvm_cache_checkpoint(kvm_cache *cache, int32_t seq, kvm_copy_job *store) {
     *store = (kvm_copy_job){.from = -1, .to = -1};
     if (cache->sizes.n_checkpoint == 0 || cache->sequences[seq].length == 0) return;
-    sequence *slot = NULL; /* a free one, else the oldest; one of the same length would be the same */
-    for (int32_t i = cache->sizes.n_seq; i < cache->n_slots; i++) {
-        sequence *it = &cache->sequences[i];
+    for (int32_t i = cache->sizes.n_seq; i < cache->n_slots; i++) { /* one of the same length would be the same */
+        const sequence *it = &cache->sequences[i];
         if (it->owner == seq && it->length == cache->sequences[seq].length) return;
-        bool better = slot == NULL || (it->owner < 0 && slot->owner >= 0) ||
-                      ((it->owner < 0) == (slot->owner < 0) && it->stamp < slot->stamp);
-        if (better) slot = it;
     }
-    shorten(cache, slot, 0);
+    sequence *slot = new_checkpoint(cache, seq);
     share(cache, &cache->sequences[seq], slot, true);
-    slot->owner = seq;
-    slot->stamp = ++cache->next_stamp;
     *store = (kvm_copy_job){.from = seq, .to = slot_of(cache, slot)};
 }

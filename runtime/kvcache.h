@@ -47,6 +47,7 @@ typedef struct {
 kvmix_status kvm_cache_open(kvm_cache **out, const kvm_net *net, const kvm_recipe *recipe,
                             const kvm_cache_sizes *sizes);
 void kvm_cache_close(kvm_cache *cache);
+const kvm_cache_sizes *kvm_cache_get_sizes(const kvm_cache *cache);
 const kvm_cache_layout *kvm_cache_get_layout(const kvm_cache *cache);
 kvm_cache_bytes kvm_cache_get_bytes(const kvm_cache *cache);
 /* What is in use now. Pages that are shared count once. */

@@ -1,4 +1,5 @@
-/* kvencode.h - the two costly loops of packing a page, encoding and Hadamard (kvtype.h 2 and 3), as static functions.
+/* kvencode.h - the costly loops of packing a page, encoding and Hadamard (kvtype.h 2 and 3), as static functions;
+ * kvtrellis.h has the encoder of kvtype.h 5.
  *
  * kvtype.c compiles them for every CPU, a kernel file once more for its instruction set. The source is the same and
  * nothing in it may be contracted or reordered (-ffp-contract=off), so the bits are too. Eight positions, or 16, go
@@ -7,9 +8,7 @@
 #ifndef KVM_KVENCODE_H
 #define KVM_KVENCODE_H
 
-#include "kvtype.h"
-
-#define KVM_INLINE static inline __attribute__((always_inline))
+#include "kvtrellis.h"
 
 #if defined(__AVX512F__)
 enum { KVM_WIDE = 16 };
@@ -63,13 +62,14 @@ KVM_INLINE kvm_wide nearest_level(const kvm_levels *levels, const int32_t n_posi
 
 /* KVM_WIDE positions of one group: x [n_channels][128] from the first on -> scale f16, codes [n_channels][128] */
 KVM_INLINE void encode_wide(const kvm_kvtype_info *info, const kvm_levels *levels, const int32_t n_positive,
-                            const float *x, int32_t n_channels, uint16_t *scale, uint8_t *codes) {
+                            kvm_side side, const float *x, int32_t n_channels, uint16_t *scale, uint8_t *codes) {
     const kvm_wide zero = {0};
-    kvm_wide amax = zero, best = zero, best_gain = zero;
+    kvm_wide amax = zero, best = zero, best_gain = zero, xx = zero, x_level = zero;
     kvm_wide_int above;
     for (int32_t c = 0; c < n_channels; c++) {
-        kvm_wide size = wide_abs(*(const kvm_wide *)(x + c * KVM_PAGE));
+        kvm_wide row = *(const kvm_wide *)(x + c * KVM_PAGE), size = wide_abs(row);
         amax = wide_select(size > amax, size, amax);
+        xx += row * row;
     }
     for (int32_t f = 0; f < info->n_factors; f++) {
         kvm_wide inv = 1.0f / (amax * info->factor[f]), num = zero, den = zero;
@@ -86,41 +86,51 @@ KVM_INLINE void encode_wide(const kvm_kvtype_info *info, const kvm_levels *level
     }
     kvm_wide stored;
     for (int32_t p = 0; p < KVM_WIDE; p++) {
-        scale[p] = amax[p] > 0 ? kvm_f16_sat(best[p]) : 0;
+        scale[p] = best[p] > 0 ? kvm_f16_sat(best[p]) : 0;
         stored[p] = kvm_f16_to_f32(scale[p]);
     }
     kvm_wide inv = 1.0f / stored;
     for (int32_t c = 0; c < n_channels; c++) {
-        kvm_wide t = wide_select(stored == 0.0f, zero, *(const kvm_wide *)(x + c * KVM_PAGE) * inv);
+        kvm_wide row = *(const kvm_wide *)(x + c * KVM_PAGE), t = wide_select(stored == 0.0f, zero, row * inv);
         kvm_wide level = nearest_level(levels, n_positive, t, &above);
         kvm_wide_int negative = t < 0.0f, code;
         if (n_positive == 0) code = __builtin_convertvector(level, kvm_wide_int) + 128;
         else code = n_positive + (above ^ negative); /* half + m, or half - 1 - m = half + ~m */
         for (int32_t p = 0; p < KVM_WIDE; p++) codes[c * KVM_PAGE + p] = (uint8_t)code[p];
+        x_level += row * level;
+    }
+    for (int32_t p = 0; p < KVM_WIDE && side == KVM_SIDE_V; p++) {
+        if (scale[p] != 0) scale[p] = unbiased_scale(xx[p], x_level[p], scale[p]);
     }
 }
 
 /* kvm_encode's contract */
-static void encode_page(kvm_kvtype type, const float *x, int32_t d, uint8_t *codes, uint16_t *scales) {
+static void encode_page(kvm_kvtype type, kvm_side side, const float *x, int32_t d, uint8_t *codes, uint16_t *scales) {
     const kvm_kvtype_info *info = &kvm_kvtypes[type];
+    int32_t group = kvm_group_of(d);
+    if (kvm_is_trellis(type, side)) {
+        for (int32_t c = 0; c < d; c += group) {
+            trellis_encode(x + c * KVM_PAGE, group, codes + c * KVM_PAGE, scales + c / group * KVM_PAGE);
+        }
+        return;
+    }
     kvm_levels levels = {.first = info->level[0]};
     for (int32_t k = 1; k < kvm_min(info->n_positive, 8); k++) {
         levels.threshold[k] = 0.5f * (float)(info->level[k - 1] + info->level[k]);
         levels.step[k] = (float)(info->level[k] - info->level[k - 1]);
     }
-    int32_t group = kvm_group_of(d);
     for (int32_t c = 0; c < d; c += group) {
         for (int32_t p = 0; p < KVM_PAGE; p += KVM_WIDE) {
             const float *from = x + c * KVM_PAGE + p;
             uint16_t *scale = scales + c / group * KVM_PAGE + p;
             uint8_t *to = codes + c * KVM_PAGE + p;
             switch (info->n_positive) { /* a loop of its own for each number of levels */
-            case 0: encode_wide(info, &levels, 0, from, group, scale, to); break;
-            case 2: encode_wide(info, &levels, 2, from, group, scale, to); break;
-            case 4: encode_wide(info, &levels, 4, from, group, scale, to); break;
-            case 8: encode_wide(info, &levels, 8, from, group, scale, to); break;
-            case 16: encode_wide(info, &levels, 16, from, group, scale, to); break;
-            case 32: encode_wide(info, &levels, 32, from, group, scale, to); break;
+            case 0: encode_wide(info, &levels, 0, side, from, group, scale, to); break;
+            case 2: encode_wide(info, &levels, 2, side, from, group, scale, to); break;
+            case 4: encode_wide(info, &levels, 4, side, from, group, scale, to); break;
+            case 8: encode_wide(info, &levels, 8, side, from, group, scale, to); break;
+            case 16: encode_wide(info, &levels, 16, side, from, group, scale, to); break;
+            case 32: encode_wide(info, &levels, 32, side, from, group, scale, to); break;
             }
         }
     }

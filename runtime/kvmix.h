@@ -209,6 +209,8 @@ KVMIX_API kvmix_status kvmix_fork(kvmix_session *session, int32_t src, int32_t d
 /* Remembers where the sequence stands now; the oldest of n_checkpoint is forgotten. */
 KVMIX_API kvmix_status kvmix_checkpoint(kvmix_session *session, int32_t seq);
 KVMIX_API int32_t kvmix_length(const kvmix_session *session, int32_t seq); /* tokens held; 0 for a bad seq */
+/* The ids held, [kvmix_length], valid until the sequence changes; NULL for a bad seq. */
+KVMIX_API const int32_t *kvmix_tokens(const kvmix_session *session, int32_t seq);
 /* Stops the decode or sync that is running, else the next one, which returns CANCELLED. Any thread. */
 KVMIX_API void kvmix_cancel(kvmix_session *session);
 
@@ -234,6 +236,20 @@ typedef struct {
     uint64_t kv_bytes;           /* its part of the cache as allocated; with a span it does not grow with the context */
 } kvmix_layer_kv;
 KVMIX_API kvmix_status kvmix_session_get_layer(const kvmix_session *session, int32_t layer, kvmix_layer_kv *out);
+
+/* ---- saved states ------------------------------------------------------------------------------------------ */
+
+/* Writes a sequence and its checkpoints to a file, and note[n_bytes], whatever the caller wants back, at most 64 MiB. The
+ * file is written beside `path`, then renamed; only its owner may read it. UNSUPPORTED in strict mode and with a page
+ * hook; IO, and then what was at `path` is still there. */
+KVMIX_API kvmix_status kvmix_save(const kvmix_session *session, int32_t seq, const char *path, const void *note,
+                                  size_t n_bytes);
+/* Makes a sequence what was saved, as if it had been evaluated here: all that follows is the same, bit for bit. The
+ * session must have the model, recipe, window, sinks and balance of the one that saved. ARG names what differs and
+ * FULL what does not fit; FORMAT, a damaged file. After a failure the session is as it was. The note is NULL after
+ * one, and else lives until the session loads again or closes. */
+KVMIX_API kvmix_status kvmix_load(const void **note, kvmix_session *session, int32_t seq, const char *path,
+                                  size_t *n_bytes);
 
 /* ---- sampling ---------------------------------------------------------------------------------------------- */
 

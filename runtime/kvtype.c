@@ -21,10 +21,16 @@ const kvm_kvtype_info kvm_kvtypes[KVM_KVTYPE_COUNT] = {
     .factor = FACTORS(63)
 #define KVM_CODEC_Q3                                                                                                   \
     .n_planes = 2, .plane_bits = {2, 1}, .n_positive = 4, .level = {3, 9, 16, 26}, .n_factors = 6, .factor = FACTORS(26)
-#define KVM_CODEC_Q2 .n_planes = 1, .plane_bits = {2}, .n_positive = 2, .level = {3, 10}, .n_factors = 6, .factor = FACTORS(10)
+#define KVM_CODEC_Q2                                                                                                   \
+    .n_planes = 1, .plane_bits = {2}, .n_positive = 2, .level = {3, 10}, .n_factors = 6, .factor = FACTORS(10),        \
+    .v_trellis = true
     KVM_KVTYPE_LIST(X)
 #undef X
 };
+
+/* found by Lloyd's iteration through the encoder on Gaussian values of deviation 20 */
+const int8_t kvm_trellis_a[16] = {-8, 5, 0, -4, -2, 2, -6, -10, 4, -1, -5, 3, -6, 10, -10, 1};
+const int8_t kvm_trellis_b[16] = {0, -6, 4, 7, 15, 7, 21, 23, 42, 25, -12, -24, -14, -22, -38, -6};
 
 bool kvm_kvtype_from_name(const char *name, size_t n_bytes, kvm_kvtype *out) {
     for (int32_t t = 0; t < KVM_KVTYPE_COUNT; t++) {
@@ -38,16 +44,33 @@ bool kvm_kvtype_from_name(const char *name, size_t n_bytes, kvm_kvtype *out) {
     return false;
 }
 
-void kvm_kvtype_levels(kvm_kvtype type, float table[256]) {
+void kvm_kvtype_levels(kvm_kvtype type, int8_t table[256]) {
     const kvm_kvtype_info *info = &kvm_kvtypes[type];
     if (info->n_positive == 0) {
-        for (int32_t code = 0; code < 256; code++) table[code] = (float)(code - 128);
+        for (int32_t code = 0; code < 256; code++) table[code] = (int8_t)(code - 128);
         return;
     }
     for (int32_t m = 0; m < info->n_positive; m++) {
-        float level = info->level[0] ? (float)info->level[m] : (float)(2 * m + 1);
-        table[info->n_positive + m] = level;
-        table[info->n_positive - 1 - m] = -level;
+        int32_t level = info->level[0] ? info->level[m] : 2 * m + 1;
+        table[info->n_positive + m] = (int8_t)level;
+        table[info->n_positive - 1 - m] = (int8_t)-level;
+    }
+}
+
+void kvm_levels_of(kvm_kvtype type, kvm_side side, const uint8_t *codes, int32_t d, int8_t *levels) {
+    if (!kvm_is_trellis(type, side)) {
+        int8_t table[256];
+        kvm_kvtype_levels(type, table);
+        for (int32_t i = 0; i < d * KVM_PAGE; i++) levels[i] = table[codes[i]];
+        return;
+    }
+    for (int32_t c = 0; c < d; c++, codes += KVM_PAGE, levels += KVM_PAGE) {
+        int32_t window = 0;
+        for (int32_t t = -3; t < KVM_PAGE; t++) {
+            int32_t p = kvm_trellis_position((t + KVM_PAGE) % KVM_PAGE);
+            window = window >> 2 | codes[p] << 6;
+            if (t >= 0) levels[p] = (int8_t)kvm_trellis_level(window);
+        }
     }
 }
 
@@ -209,8 +232,8 @@ void kvm_precondition_k(float *x, int32_t d, int32_t first, int32_t n_valid, con
     kvm_hadamard(x, d, KVM_PAGE, kvm_hadamard_block(d, KVM_SIDE_K));
 }
 
-void kvm_encode(kvm_kvtype type, const float *x, int32_t d, uint8_t *codes, uint16_t *scales) {
-    encode_page(type, x, d, codes, scales);
+void kvm_encode(kvm_kvtype type, kvm_side side, const float *x, int32_t d, uint8_t *codes, uint16_t *scales) {
+    encode_page(type, side, x, d, codes, scales);
 }
 
 void kvm_decode_page(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {
@@ -220,14 +243,14 @@ void kvm_decode_page(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_
         return;
     }
     uint8_t codes[KVM_HEAD_DIM_MAX * KVM_PAGE];
-    float level[256];
+    int8_t level[KVM_HEAD_DIM_MAX * KVM_PAGE];
     kvm_planes_unpack(type, side, page, d, codes);
-    kvm_kvtype_levels(type, level);
+    kvm_levels_of(type, side, codes, d, level);
     const uint16_t *scales = half + kvm_page_layout_of(type, side, d, false).scales / 2;
     for (int32_t c = 0; c < d; c++) {
         const uint16_t *scale = scales + c / kvm_group_of(d) * KVM_PAGE;
         for (int32_t p = 0; p < KVM_PAGE; p++) {
-            float value = kvm_f16_to_f32(scale[p]) * level[codes[c * KVM_PAGE + p]];
+            float value = kvm_f16_to_f32(scale[p]) * level[c * KVM_PAGE + p];
             out[side == KVM_SIDE_K ? c * KVM_PAGE + p : p * d + c] = value;
         }
     }
@@ -237,7 +260,7 @@ void kvm_roundtrip(kvm_kvtype type, kvm_side side, float *x, int32_t d, int32_t 
                    const uint16_t *q_rms) {
     uint8_t codes[KVM_HEAD_DIM_MAX * KVM_PAGE];
     uint16_t scales[KVM_HEAD_DIM_MAX / KVM_GROUP * KVM_PAGE], mean[KVM_HEAD_DIM_MAX], balance[KVM_HEAD_DIM_MAX];
-    float level[256];
+    int8_t level[KVM_HEAD_DIM_MAX * KVM_PAGE];
     int32_t block = kvm_hadamard_block(d, side);
     if (side == KVM_SIDE_K) {
         kvm_precondition_k(x, d, first, n_valid, q_rms, NULL, mean, balance);
@@ -245,11 +268,11 @@ void kvm_roundtrip(kvm_kvtype type, kvm_side side, float *x, int32_t d, int32_t 
         for (int32_t i = 0; i < d * KVM_PAGE; i++) x[i] = i % KVM_PAGE >= first && i % KVM_PAGE < n_valid ? x[i] : 0.0f;
         kvm_hadamard(x, d, KVM_PAGE, block);
     }
-    kvm_encode(type, x, d, codes, scales);
-    kvm_kvtype_levels(type, level);
+    kvm_encode(type, side, x, d, codes, scales);
+    kvm_levels_of(type, side, codes, d, level);
     for (int32_t i = 0; i < d * KVM_PAGE; i++) {
         int32_t group = i / KVM_PAGE / kvm_group_of(d);
-        x[i] = kvm_f16_to_f32(scales[group * KVM_PAGE + i % KVM_PAGE]) * level[codes[i]];
+        x[i] = kvm_f16_to_f32(scales[group * KVM_PAGE + i % KVM_PAGE]) * level[i];
     }
     kvm_hadamard(x, d, KVM_PAGE, block);
     for (int32_t i = 0; i < d * KVM_PAGE; i++) {

@@ -34,8 +34,14 @@
  *      for each factor F[j] of the type, in order: s = amax * F[j], inv = 1 / s;
  *        num = sum of x * L, den = sum of L * L with L = L[nearest(x * inv)], channels ascending;
  *        gain = num * num / den; a strictly larger gain than before keeps best = num / den (both start at 0)
- *      scale = f16 of best, clamped to +-65504; inv = 1 / scale; code = nearest(x * inv), or nearest(0) when scale
- *        is 0. The decoded value is scale * L[code].
+ *      scale = f16_sat(best) where best > 0, else 0; inv = 1 / scale; code = nearest(x * inv), or nearest(0) when scale
+ *        is 0
+ *    K keeps this least-squares scale. It shrinks values, by as much as they are in error; attention averages the
+ *    errors of many values away but not what all have lost, so V takes the scale that loses nothing on average:
+ *      xx = sum of x * x, num = sum of x * L[code], channels ascending;
+ *      scale = f16_sat(xx / num) where scale, num and xx / num are > 0 (a NaN is not), else it stays
+ *    The decoded value is scale * L[code].
+ *    The V side of q2 is encoded by section 5.
  *    f16 stores f16_sat(x), raw: no mean, no balance, no Hadamard.
  *
  * 4. Bytes of one side of one KV head's page, in this order: codes, scales, then for K the page vectors.
@@ -55,10 +61,31 @@
  *    every page; zeros up to a multiple of 64. f16 pages: K as X[d][128], V as [128][d], 2 bytes a value.
  *    Physical bits: b + 16 / G, K + 16/128 for the mean (and as much for a page balance).
  *
+ * 5. V of q2: a trellis code, in the bytes of section 4. A code is a *symbol* s of 2 bits, and the level of a value is
+ *    read from a window W of four symbols, its own and those of the three steps before it. The 128 steps of a channel
+ *    are a ring; step t = 32 i + 4 g + j is position 16 g + 4 j + i, so that a byte holds four steps in a row:
+ *
+ *      byte 4*lane + i of line g:  bits 7 6 | 5 4 | 3 2 | 1 0  =  s[t+3] | s[t+2] | s[t+1] | s[t],  t = 32 i + 4 g
+ *      and the four steps before them are the same byte of line g - 1; for g = 0, byte 4*lane + (i - 1) mod 4 of line 7
+ *
+ *      W = s[t-3] | s[t-2] << 2 | s[t-1] << 4 | s[t] << 6, steps mod 128;  a = A[W & 15]
+ *      level(W) = a + B[((W >> 4) + a) & 15], within +-52
+ *      A = {-8 5 0 -4 -2 2 -6 -10 4 -1 -5 3 -6 10 -10 1}, B = {0 -6 4 7 15 7 21 23 42 25 -12 -24 -14 -22 -38 -6}
+ *
+ *    Encoding, for a group as in section 3, then for each of its channels:
+ *      xx = sum of x * x, channels ascending; inv = 20 / sqrt(xx / G) where xx > 0, else 0
+ *      y = x * inv (0 for a NaN) clamped to +-75, rounded to nearest even
+ *      the ring of symbols with the least sum of (y - level)^2 that two laps of Viterbi's algorithm find. A state is
+ *        the last three symbols, W >> 2. First lap: from all 64 states at cost 0, steps 96..127 then 0..31; the path to
+ *        the cheapest state (of equals the lowest) says which state step 127 ends in. Second lap: steps 0..127 from
+ *        that state to that state. Of four ways into a state that cost the same, the lowest s[t-3] wins.
+ *      num = sum of x * level, channels ascending; scale = f16_sat(xx / num) where num and xx / num are > 0, else 0
+ *
  * Levels: Lloyd-Max levels of a Gaussian rounded to integers, q2 +-{3 10}, q3 +-{3 9 16 26},
- * q4 +-{3 9 15 22 29 37 48 63}; q5 and q6 all odd integers to +-31 and +-63, q8 all integers to +-127. NMSE on Gaussian
- * rows, d = 128: 0.1116, 0.0293, 0.0071, 0.0022, 0.00056, 0.000035 (rounding the levels costs less than 0.5%, fewer than
- * six factors 0.4-4%; at 6 bits the first factor is as good as more).
+ * q4 +-{3 9 15 22 29 37 48 63}; q5 and q6 all odd integers to +-31 and +-63, q8 all integers to +-127. NMSE of K on
+ * Gaussian rows, d = 128: 0.1116, 0.0293, 0.0071, 0.0022, 0.00056, 0.000035 (rounding the levels costs less than 0.5%,
+ * fewer than six factors 0.4-4%; at 6 bits the first factor is as good as more). V is the same after its best common
+ * gain, and NMSE / (1 - NMSE) as stored; at 2 bits the trellis code has 0.076 and 0.082.
  */
 #ifndef KVM_KVTYPE_H
 #define KVM_KVTYPE_H
@@ -99,6 +126,7 @@ typedef struct {
     int32_t n_factors;
     float factor[8]; /* F of section 3: f / (largest level) by one f32 division; f = 1 .9 .8 .7 .6 .5, q5 1 .95 .9
                            .85 .8, q6 and q8 1 */
+    bool v_trellis;  /* V is the code of section 5 */
 } kvm_kvtype_info;
 
 extern const kvm_kvtype_info kvm_kvtypes[KVM_KVTYPE_COUNT];
@@ -106,8 +134,25 @@ extern const kvm_kvtype_info kvm_kvtypes[KVM_KVTYPE_COUNT];
 /* by our name or llama.cpp's alias; false when there is no such type */
 bool kvm_kvtype_from_name(const char *name, size_t n_bytes, kvm_kvtype *out);
 
-/* level of each code: table [2^bits], for bits <= 8 */
-void kvm_kvtype_levels(kvm_kvtype type, float table[256]);
+/* which of the two codecs a side has */
+static inline bool kvm_is_trellis(kvm_kvtype type, kvm_side side) {
+    return side == KVM_SIDE_V && kvm_kvtypes[type].v_trellis;
+}
+
+extern const int8_t kvm_trellis_a[16], kvm_trellis_b[16];
+
+static inline int32_t kvm_trellis_level(int32_t window) {
+    int32_t a = kvm_trellis_a[window & 15];
+    return a + kvm_trellis_b[((window >> 4) + a) & 15];
+}
+
+static inline int32_t kvm_trellis_position(int32_t step) { return 16 * (step / 4 % 8) + 4 * (step % 4) + step / 32; }
+
+/* the level of each code that is not a trellis': table [2^bits] */
+void kvm_kvtype_levels(kvm_kvtype type, int8_t table[256]);
+
+/* codes [d][128] of a quantized side -> levels [d][128], in units of the scale */
+void kvm_levels_of(kvm_kvtype type, kvm_side side, const uint8_t *codes, int32_t d, int8_t *levels);
 
 /* Where the parts of one side of one head's page lie; all in bytes from its start. total is a multiple of 64. */
 typedef struct {
@@ -132,8 +177,8 @@ void kvm_hadamard(float *x, int32_t d, int32_t n, int32_t block);
 void kvm_precondition_k(float *x, int32_t d, int32_t first, int32_t n_valid, const uint16_t *q_rms,
                         const uint16_t *frozen, uint16_t *mean, uint16_t *balance);
 
-/* Section 3, for a quantized type. x: [d][128]; codes: [d][128]; scales: [d/G][128] f16. */
-void kvm_encode(kvm_kvtype type, const float *x, int32_t d, uint8_t *codes, uint16_t *scales);
+/* Sections 3 and 5, for a quantized type. x: [d][128]; codes: [d][128]; scales: [d/G][128] f16. */
+void kvm_encode(kvm_kvtype type, kvm_side side, const float *x, int32_t d, uint8_t *codes, uint16_t *scales);
 
 /* Section 4: planes of all tiles. codes: [d][128]; page: the side's bytes. And back. */
 void kvm_planes_pack(kvm_kvtype type, kvm_side side, const uint8_t *codes, int32_t d, uint8_t *page);

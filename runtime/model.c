@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "gguf_split.h"
 #include "model.h"
 
 #define ROPE_FREQS "rope_freqs.weight" /* Llama 3.x: a factor for each rotary pair */
@@ -168,7 +169,7 @@ static kvmix_status find_tensor(loader *l, const char *name, int64_t n_in, int64
                         kvm_gguf_name(l->file), name, (unsigned long long)t->dim[0], (unsigned long long)t->dim[1],
                         (long long)n_in, (long long)n_out);
     }
-    l->placed[t - kvm_gguf_tensor_at(l->file, 0)] = true;
+    l->placed[t->index] = true;
     return KVMIX_OK;
 }
 
@@ -291,7 +292,7 @@ static kvmix_status find_arch(loader *l) {
 
 static kvmix_status load(loader *l, const char *path, bool use_mmap) {
     kvmix_model *m = l->model;
-    KVM_TRY(kvm_gguf_open(&m->file, path, use_mmap));
+    KVM_TRY(kvm_gguf_split_open(&m->file, path, use_mmap));
     l->file = m->file;
     KVM_TRY(kvm_recipe_open_keys(&m->recipe_keys, m->file));
     l->placed = kvm_alloc_zero((uint64_t)kvm_gguf_n_tensors(m->file), sizeof *l->placed);

@@ -7,6 +7,7 @@
 #include "model.h"
 #include "recipe.h"
 #include "sampler.h"
+#include "state.h"
 #include "threads.h"
 
 struct kvmix_session {
@@ -20,6 +21,7 @@ struct kvmix_session {
     int32_t n_logits; /* rows whose logits the last decode left */
     int64_t n_evaluated;
     uint64_t cache_bytes;
+    void *note; /* of the last load */
     atomic_int cancel;
 };
 
@@ -327,6 +329,7 @@ void kvmix_session_close(kvmix_session *s) {
     s->ops->close(s->backend);
     kvm_cache_close(s->cache);
     free(s->rows);
+    free(s->note);
     free(s);
 }
 
@@ -444,6 +447,10 @@ int32_t kvmix_length(const kvmix_session *s, int32_t seq) {
     return s == NULL || seq < 0 || seq >= s->options.n_seq_max ? 0 : kvm_cache_length(s->cache, seq);
 }
 
+const int32_t *kvmix_tokens(const kvmix_session *s, int32_t seq) {
+    return s == NULL || seq < 0 || seq >= s->options.n_seq_max ? NULL : kvm_cache_tokens(s->cache, seq);
+}
+
 void kvmix_cancel(kvmix_session *s) {
     if (s != NULL) atomic_store(&s->cancel, 1);
 }
@@ -474,6 +481,39 @@ kvmix_status kvmix_session_get_layer(const kvmix_session *s, int32_t layer, kvmi
                             .span = weights->span, .page_bytes = l->packed_bytes,
                             .kv_bytes = n_f16 * l->f16_bytes + n_packed * l->packed_bytes +
                                         (uint64_t)layout->n_store * l->store_bytes};
+    return KVMIX_OK;
+}
+
+/* ---- saved states -------------------------------------------------------------------------------------------- */
+
+static kvmix_status check_state(const kvmix_session *s, int32_t seq, const char *path, kvm_state_owner *owner) {
+    KVM_TRY(check_seq(s, seq));
+    if (path == NULL) return null_argument("path");
+    if (s->options.strict || s->options.page_hook != NULL) {
+        return kvm_fail(KVMIX_UNSUPPORTED, "a session in strict mode or with a page hook is for study: it has no saved states");
+    }
+    *owner = (kvm_state_owner){.model = s->model, .recipe = &s->recipe, .cache = s->cache, .ops = s->ops,
+                               .backend = s->backend};
+    return KVMIX_OK;
+}
+
+kvmix_status kvmix_save(const kvmix_session *s, int32_t seq, const char *path, const void *note, size_t n_bytes) {
+    kvm_state_owner owner;
+    KVM_TRY(check_state(s, seq, path, &owner));
+    if (note == NULL && n_bytes > 0) return null_argument("note");
+    return kvm_state_save(&owner, seq, path, note, n_bytes);
+}
+
+kvmix_status kvmix_load(const void **note, kvmix_session *s, int32_t seq, const char *path, size_t *n_bytes) {
+    if (note != NULL) *note = NULL;
+    if (note == NULL || n_bytes == NULL) return null_argument("an argument");
+    *n_bytes = 0;
+    kvm_state_owner owner;
+    KVM_TRY(check_state(s, seq, path, &owner));
+    void *loaded;
+    KVM_TRY(kvm_state_load(&owner, seq, path, &loaded, n_bytes));
+    free(s->note);
+    *note = s->note = loaded;
     return KVMIX_OK;
 }
 

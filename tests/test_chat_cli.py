@@ -254,21 +254,6 @@ def test_ctrl_c_takes_back_what_was_begun(before: list[str]) -> None:
         _repl.read_message(read_line)
 
 
-@pytest.mark.parametrize(
-    ("line", "refusal"),
-    [
-        ("/clear now", "/clear takes no argument"),
-        ("/regen 3 ", "/regen takes no argument"),
-        ("/quit please", "/quit takes no argument"),
-        ("/foo", "there is no command /foo; /help lists them"),
-        ("/foo bar", "there is no command /foo; /help lists them"),
-        *((line, None) for line in (" /clear ", "/?", "/quit", "/usr/bin is what?", "/clear\nnow", "a /foo", "/", "")),
-    ],
-)
-def test_lines_that_look_like_commands(line: str, refusal: str | None) -> None:
-    assert _repl.refused_command(line) == refusal
-
-
 def test_the_line_about_an_answer_is_short() -> None:
     turn = Turn(n_evaluated=123, n_kept=8123, prompt_s=0.25, generate_s=9.9, tokens=[0] * 512)
     stats = SimpleNamespace(kv_used_bytes=99 << 20, bits_now=12.3, bits_full=3.9, n_tokens=8758, n_ctx=32768)

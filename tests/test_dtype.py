@@ -8,6 +8,9 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+import make_iq_tables
+
+SPLIT = -1  # no place of its own: a nibble each in the high bits of four numbers at the end
 # Where the f16 scales of a block are, as byte offsets.
 SCALES = {
     "Q4_0": [0],
@@ -15,9 +18,21 @@ SCALES = {
     "Q5_0": [0],
     "Q5_1": [0, 2],
     "Q8_0": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    "IQ2_XXS": [0],
+    "IQ2_XS": [0],
+    "IQ3_XXS": [0],
+    "IQ1_S": [0],
+    "IQ4_NL": [0],
+    "IQ3_S": [0],
+    "IQ2_S": [0],
+    "IQ4_XS": [0],
+    "IQ1_M": [SPLIT],
+    "MXFP4": [],  # has the exponent of a power of two
 }
 # Zeros, subnormals, the least and the largest numbers, infinities and NaN, of both signs.
 EDGES = [0x0000, 0x0001, 0x03FF, 0x0400, 0x3C00, 0x7BFF, 0x7C00, 0x7E00]
@@ -46,7 +61,11 @@ def random_blocks(rng: np.random.Generator, name: str, n: int) -> np.ndarray:
 
 
 def put_scale(blocks: np.ndarray, offset: int, bits: np.ndarray) -> None:
-    blocks[:, offset : offset + 2] = bits.astype("<u2")[:, None].view(np.uint8)
+    if offset == SPLIT:
+        nibbles = bits.astype(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16) & 15
+        blocks[:, -7::2] = blocks[:, -7::2] & 15 | nibbles.astype(np.uint8) << 4
+    else:
+        blocks[:, offset : offset + 2] = bits.astype("<u2")[:, None].view(np.uint8)
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -95,6 +114,11 @@ def test_every_half(c_build: Path, name: str) -> None:
 def test_f32_is_copied(c_build: Path) -> None:
     bits = np.random.default_rng(4).integers(0, 2**32, 10000, dtype=np.uint32)
     assert np.array_equal(decoded(c_build, "F32", bits).view(np.uint32), bits)
+
+
+def test_the_committed_iq_tables_are_what_the_script_writes() -> None:
+    committed = Path(__file__).parent.parent / "runtime" / "iq_tables.c"
+    assert committed.read_text(encoding="utf-8") == make_iq_tables.render()
 
 
 def test_tables_agree_with_gguf() -> None:

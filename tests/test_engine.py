@@ -24,7 +24,9 @@ from ref.model import Model, Sequence, load
 
 ALL_KERNELS = ["scalar", "avx2", "avx512"]
 KERNELS = ALL_KERNELS[: ALL_KERNELS.index(cpu_kernels()) + 1]  # those that this machine can run
-WEIGHTS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+WEIGHTS = ["F16", "BF16", "MXFP4"]
+WEIGHTS += [f"Q{name}" for name in ("4_0", "4_1", "5_0", "5_1", "8_0", "2_K", "3_K", "4_K", "5_K", "6_K")]
+WEIGHTS += [f"IQ{name}" for name in ("1_S", "2_XXS", "2_XS", "2_S", "3_XXS", "3_S", "4_NL", "4_XS")]
 SMALL = {"n_embd": 128, "n_ff": 256}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": SMALL,

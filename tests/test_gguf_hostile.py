@@ -226,10 +226,14 @@ UNSUPPORTED: dict[str, tuple[bytes, str]] = {
     "version 1": (gguf(version=1), "byte 4: GGUF version 1, versions 2 and 3 are read"),
     "version 4": (gguf(version=4), "byte 4: GGUF version 4"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "byte 4: this is a big-endian GGUF"),
-    "type Q2_K": (lone(dims=(256,), kind=10, data=bytes(84)), "byte 45, tensor 't': type Q2_K"),
-    "type IQ4_XS": (lone(dims=(256,), kind=23, data=bytes(136)), "IQ4_XS (23) cannot be run"),
+    "type TQ1_0": (lone(dims=(256,), kind=34, data=bytes(54)), "byte 45, tensor 't': type TQ1_0"),
+    "type NVFP4": (lone(dims=(64,), kind=40, data=bytes(36)), "NVFP4 (40) cannot be run"),
     "type withdrawn": (lone(kind=4), "type unknown (4) cannot be run; get the model with weights in"),
-    "type 2^32 - 1": (lone(kind=2**32 - 1), "in F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, BF16"),
+    "type 2^32 - 1": (
+        lone(kind=2**32 - 1),
+        "in F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S, "
+        "IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, MXFP4",
+    ),
 }
 
 GOOD: dict[str, bytes] = {

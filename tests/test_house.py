@@ -18,18 +18,20 @@ RUNTIME = sorted((ROOT / "runtime").rglob("*.[ch]"))
 # stands beside them and sees the seam only. A new file gets its place here.
 LAYERS = [
     {"session"},
-    {"engine", "sampler"},
+    {"engine", "sampler", "state"},
+    {"kvimage"},
     {"kvcache", "model"},
-    {"recipe", "arch", "tokenizer"},
+    {"recipe", "arch", "tokenizer", "gguf_split"},
     {"gguf"},
     {"backend"},
     {"kvtype", "dtype"},
-    {"threads", "error", "unicode_tables"},
+    {"sealed"},
+    {"threads", "error", "hash", "unicode_tables", "iq_tables"},
     {"base"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PART_OF = {"kvencode": "kvtype"}  # a header that is compiled into several files as a part of one
-CPU_MAY = {"backend", "threads", "kvtype", "dtype", "base"}
+PART_OF = {"kvencode": "kvtype", "kvtrellis": "kvtype", "kvpages": "kvcache"}  # headers of several files of one part
+CPU_MAY = {"backend", "threads", "kvtype", "dtype", "iq_tables", "base"}
 KVMIX_H_USERS = {"base", "session"}
 
 # convert/ computes without the engine, but for the files that open or run a model

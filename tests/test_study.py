@@ -14,7 +14,7 @@ import tiny
 from kvmix import Row
 from kvmix._native import Page
 from ref.codec import KVTYPES, Side, encode_side, nmse
-from ref.study import CODECS, Precondition, Study, min_max
+from ref.study import CODECS, V_CODECS, Precondition, Study, min_max
 
 
 @dataclass
@@ -45,7 +45,7 @@ def test_the_runtimes_types_are_what_they_are(name: str, d: int) -> None:
     k = encode_side(KVTYPES[name], Side.K, page.k, 16, 128, page.q_rms.astype(np.float16)).raw()[:, 16:]
     v = encode_side(KVTYPES[name], Side.V, page.v.T.copy(), 16, 128).raw()[:, 16:].T
     before = random_page(d=d)
-    Study(CODECS[name], CODECS[name], v_rotation=-1 if d == 80 else 64)(page)
+    Study(CODECS[name], V_CODECS[name], v_rotation=-1 if d == 80 else 64)(page)
     for want, got, raw in ((k, page.k[:, 16:], before.k[:, 16:]), (v, page.v[16:], before.v[16:])):
         assert nmse(want, got) < 0.02 * nmse(raw, want)
     assert np.array_equal(page.k[:, :16], before.k[:, :16])
@@ -115,14 +115,15 @@ def logits(model: kvmix.Model, n_tokens: int = 300, **options: Any) -> np.ndarra
         return np.array([session.logits_view(i).copy() for i in range(n_tokens)])
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_study_of_the_runtimes_types_gives_their_logits(model: kvmix.Model, strict: bool) -> None:
-    real = logits(model, kv="k4v3", strict=strict)
+@pytest.mark.parametrize(("v_bits", "strict"), [(3, False), (3, True), (2, False), (2, True)])
+def test_a_study_of_the_runtimes_types_gives_their_logits(model: kvmix.Model, v_bits: int, strict: bool) -> None:
+    real = logits(model, kv=f"k4v{v_bits}", strict=strict)
     exact = logits(model, kv="f16")
+    v = V_CODECS[f"q{v_bits}"]
     for kv, study in (
-        ("f16", Study(CODECS["q4"], CODECS["q3"])),
-        ("k4vf16", Study(v=CODECS["q3"])),
-        ("kf16v3", Study(CODECS["q4"])),
+        ("f16", Study(CODECS["q4"], v)),
+        ("k4vf16", Study(v=v)),
+        (f"kf16v{v_bits}", Study(CODECS["q4"])),
     ):
         assert nmse(real, logits(model, kv=kv, page_hook=study, strict=strict)) < 0.1 * nmse(exact, real)
 

@@ -76,6 +76,7 @@ def write_model(
     rope_freqs: bool = False,  # a factor for each rotary pair, as a llama may have
     spm: bool = False,  # a SentencePiece vocabulary instead of a byte-level one
     chat_template: str | None = CHATML,
+    tensors_per_file: int = 0,  # splits the model into files of so many, which gguf names after path
     extra_keys: Mapping[str, Value] | None = None,  # may replace what would be written without them
     seed: int = 0,
 ) -> Tiny:
@@ -88,7 +89,7 @@ def write_model(
         n_ff=n_ff, n_vocab=n_vocab, n_ctx=n_ctx, rope_base=rope_base, norm_eps=norm_eps, span=span, tensors={},
     )  # fmt: skip
 
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     put_hyper_parameters(writer, model)
     put_vocab(writer, vocab, n_vocab, "qwen2" if arch.startswith("qwen") else "smollm")
     if chat_template is not None:
@@ -173,7 +174,14 @@ def encode(values: np.ndarray, kind: GGMLQuantizationType, rng: np.random.Genera
 
 # The formats that gguf-py only reads: (byte offset, factor) of a block's f16 scales. The second one multiplies what is
 # subtracted; its factor is the mean code, which centres the values.
-K_SCALES = {"Q4_K": ((0, 1.0), (2, 7.5)), "Q5_K": ((0, 1.0), (2, 15.5)), "Q6_K": ((208, 1.0),)}
+SCALES = {
+    "Q2_K": ((80, 1.0), (82, 1.5)),
+    "Q3_K": ((108, 1.0),),
+    "Q4_K": ((0, 1.0), (2, 7.5)),
+    "Q5_K": ((0, 1.0), (2, 15.5)),
+    "Q6_K": ((208, 1.0),),
+}
+SCALES |= {f"IQ{name}": ((0, 1.0),) for name in ("1_S", "2_XXS", "2_XS", "2_S", "3_XXS", "3_S", "4_NL", "4_XS")}
 
 
 def random_blocks(
@@ -184,12 +192,14 @@ def random_blocks(
     if shape[1] % n_values != 0:
         raise ValueError(f"rows of {shape[1]} values are no multiple of {kind.name}'s block of {n_values}")
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // n_values, n_bytes), dtype=np.uint8)
-    if kind.name != "Q6_K":
+    if kind.name == "Q2_K":
+        blocks[:, :16] = blocks[:, :16] % 16 * 17  # each minimum is its scale
+    elif len(SCALES[kind.name]) == 2:
         centre_groups(blocks, rng)
     scales = rng.uniform(0.7, 1.3, len(blocks)) * 0.01
 
     def put_scales() -> None:
-        for offset, factor in K_SCALES[kind.name]:
+        for offset, factor in SCALES[kind.name]:
             blocks[:, offset : offset + 2] = (scales * factor).astype("<f2")[:, None].view(np.uint8)
 
     put_scales()

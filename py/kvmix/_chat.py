@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, proxy
 
 from ._template import ChatTemplate, Message, PlainText, Prompt, Renderer
@@ -108,6 +108,23 @@ class Chat:
         sampling = replace(sampling, seed=(sampling.seed + self._n_replies) % (1 << 64))
         self._n_replies += 1
         yield from self._generate(sampling, max_tokens, turn)
+
+    def memory(self) -> dict[str, Any]:
+        """What a saved session lacks for this chat to go on, for JSON."""
+        segments = [
+            {"text": s.prompt.text.hex(), "trusted": s.prompt.trusted.hex(), "ids": s.ids} for s in self._segments
+        ]
+        return {"segments": segments, "n_checkpoint": len(self._checkpoint), "n_replies": self._n_replies}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Goes on from memory() and the session that was loaded."""
+        segments = [
+            Segment(Prompt(bytes.fromhex(s["text"]), bytes.fromhex(s["trusted"])), tuple(s["ids"]))
+            for s in memory["segments"]
+        ]
+        ids = [token for segment in segments for token in segment.ids]
+        checkpoint, n_replies = ids[: memory["n_checkpoint"]], int(memory["n_replies"])
+        self._segments, self._checkpoint, self._n_replies = segments, checkpoint, n_replies
 
     def _generate(self, sampling: Sampling, max_tokens: int, turn: Turn) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

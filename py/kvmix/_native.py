@@ -346,6 +346,23 @@ def length(session: SessionHandle, seq: int) -> int:
     return int(_lib.kvmix_length(session, seq))
 
 
+def tokens(session: SessionHandle, seq: int) -> "array[int]":
+    """The ids held, a copy."""
+    n_bytes = 4 * length(session, seq)
+    return array("i", bytes(_ffi.buffer(_lib.kvmix_tokens(session, seq), n_bytes)))
+
+
+def save(session: SessionHandle, seq: int, path: bytes, note: bytes) -> None:
+    _call(_lib.kvmix_save, session, seq, _chars("path", path), note, len(note))
+
+
+def load(session: SessionHandle, seq: int, path: bytes) -> bytes:
+    """Returns the note."""
+    note, n_bytes = _ffi.new("const void **"), _ffi.new("size_t *")
+    _call(_lib.kvmix_load, note, session, seq, _chars("path", path), n_bytes)
+    return bytes(_ffi.buffer(note[0], n_bytes[0]))
+
+
 def cancel(session: SessionHandle) -> None:
     _lib.kvmix_cancel(session)
 

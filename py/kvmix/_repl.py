@@ -28,15 +28,24 @@ if TYPE_CHECKING:
     from ._session import Session
 
 HELP = """\
-/help      this list
-/clear     begin a new conversation
-/regen     answer the last message again
-/kv        types and bytes of the KV cache, by layer
-/exit      leave (also /bye, /quit, or Ctrl-D)
+/help            this list
+/clear           begin a new conversation
+/regen           answer the last message again
+/system TEXT     the system message from now on; without TEXT none
+/read FILE       put a text file before the next message
+/set NAME VALUE  change how answers are sampled (temp, top_k, ...); without NAME list all
+/save FILE       keep the conversation and its KV cache
+/load FILE       go on with a conversation that was saved, with the same model and recipe
+/kv              types and bytes of the KV cache, by layer
+/exit            leave (also /bye, /quit, or Ctrl-D)
 Several lines: put them between \"\"\" and \"\"\", or end each but the last with \\.
 Ctrl-C stops an answer, or takes back what is being typed; twice at an empty prompt it leaves."""
 
-COMMANDS = ("/help", "/?", "/clear", "/regen", "/kv", "/exit", "/bye", "/quit")
+# each with its argument; one in brackets may be left out
+COMMANDS = {
+    "/help": "", "/?": "", "/clear": "", "/regen": "", "/system": "[TEXT]", "/read": "FILE", "/set": "[NAME VALUE]",
+    "/save": "FILE", "/load": "FILE", "/kv": "", "/exit": "", "/bye": "", "/quit": "",
+}  # fmt: skip
 QUOTES = '"""'
 
 
@@ -67,7 +76,7 @@ def _tty_reader() -> ReadLine:
     except OSError:
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(
-        history=history, completer=WordCompleter(COMMANDS, sentence=True), complete_while_typing=False
+        history=history, completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False
     )
 
     def read_line(prompt: str) -> str:
@@ -160,14 +169,21 @@ def _tty_messages() -> Iterator[str]:
         yield text
 
 
-def refused_command(text: str) -> str | None:
-    """What is wrong with a line that looks like a command; None where it is one, or a message."""
+def parse_command(text: str) -> tuple[str, str] | None:
+    """The name and argument of a line that is a command, None where it is a message; ArgumentError where it only looks
+    like a command."""
     line = re.fullmatch(r"(/\w+|/\?)( .*)?", text.strip())
     if line is None:
         return None
-    if line[1] not in COMMANDS:
-        return f"there is no command {line[1]}; /help lists them"
-    return f"{line[1]} takes no argument" if line[2] else None
+    name, argument = line[1], (line[2] or "").strip()
+    wanted = COMMANDS.get(name)
+    if wanted is None:
+        raise ArgumentError(f"there is no command {name}; /help lists them")
+    if argument and not wanted:
+        raise ArgumentError(f"{name} takes no argument")
+    if not argument and wanted and not wanted.startswith("["):
+        raise ArgumentError(f"{name} takes an argument: {name} {wanted}")
+    return name, argument
 
 
 def agrees(question: str) -> bool:

@@ -13,6 +13,7 @@ makes another. Invariants:
 """
 
 import difflib
+import os
 import threading
 import weakref
 from array import array
@@ -361,6 +362,25 @@ class Session:
         """Remembers where the session stands now, for a cheap rewind to it."""
         with self.core.ready() as handle:
             _native.checkpoint(handle, self._seq)
+
+    def save(self, path: str | os.PathLike[str], note: bytes = b"") -> None:
+        """Writes the session to a file, with its checkpoints, and bytes of the caller's. What was there before stays
+        until the new file is whole."""
+        if not isinstance(note, bytes):
+            raise ArgumentError(f"note takes bytes, not {note!r}")
+        with self.core.ready() as handle:
+            _native.save(handle, self._seq, os.fsencode(path), note)
+
+    def load(self, path: str | os.PathLike[str]) -> bytes:
+        """Makes the session what was saved, with the same model, recipe, window and sinks; returns the note. Where that
+        fails the session is as it was."""
+        with self.core.ready() as handle:
+            try:
+                note = _native.load(handle, self._seq, os.fsencode(path))
+                self.core.forget_logits(self._seq)
+                return note
+            finally:  # whatever came between: invariant 2
+                self._ids = _native.tokens(handle, self._seq)
 
     def cancel(self) -> None:
         """Stops the sync, decode or generate that is running, else the next one, which raises Cancelled. Any thread."""

@@ -23,22 +23,33 @@ from tqdm import tqdm
 from . import _cli, _repl, _terminal
 from ._chat import Chat, Turn, model_template
 from ._context import choose_context
-from ._template import NAMED, ChatTemplate, Message, PlainText, Renderer, TemplateError, template_source
-from .errors import ArgumentError, Cancelled, ContextFull, ModelIOError
+from ._template import (
+    NAMED,
+    ChatTemplate,
+    Message,
+    PlainText,
+    Renderer,
+    TemplateError,
+    check_messages,
+    template_source,
+)
+from .errors import ArgumentError, Cancelled, ContextFull, KvmixError, ModelIOError
 
 if TYPE_CHECKING:
     from ._session import Sampling, Session, Stats
 
-SAMPLING_FLAGS = (
-    "temp",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repeat_penalty",
-    "repeat_last_n",
-    "presence_penalty",
-    "frequency_penalty",
-)
+SAMPLING: dict[str, dict[str, Any]] = {  # fields of Sampling: their flags, and what /set takes
+    "temp": {"type": _cli.number(0), "metavar": "X", "help": "0 = the likeliest token"},
+    "top_k": {"type": _cli.integer(-(2**31)), "metavar": "N", "help": "below 1 = off"},
+    "top_p": {"type": _cli.number(0, 1, above=True), "metavar": "X"},
+    "min_p": {"type": _cli.number(0, 1), "metavar": "X"},
+    "repeat_penalty": {"type": _cli.number(0, above=True), "metavar": "X"},
+    "repeat_last_n": {"type": _cli.integer(-1), "metavar": "N"},
+    "presence_penalty": {"type": _cli.number(-1e3), "metavar": "X"},
+    "frequency_penalty": {"type": _cli.number(-1e3), "metavar": "X"},
+}
+SETTABLE = SAMPLING | {"seed": {"type": _cli.integer(-1, 2**64 - 1), "metavar": "N", "help": "-1 = random"}}
+NOTE_VERSION = 1  # of what /save puts beside the session
 TAKEN = {  # llama.cpp's flags that are taken because people type them, and why they change nothing
     "-fa": "attention is always fused",
     "-ngl": "the model runs on the CPU",
@@ -91,21 +102,15 @@ def parser() -> _cli.Parser:
     talk.add_argument("--json", action="store_true", help="one answer, as a JSON object on stdout")
     _cli.add_kv_args(p)
     pick = p.add_argument_group("sampling (defaults: the catalog's, else llama.cpp's)")
-    pick.add_argument("-s", "--seed", type=_cli.integer(-1, 2**64 - 1), default=-1, metavar="N", help="-1 = random")
-    pick.add_argument("--temp", type=_cli.number(0), metavar="X", help="0 = the likeliest token")
-    pick.add_argument("--top-k", type=_cli.integer(-(2**31)), metavar="N", help="below 1 = off")
-    pick.add_argument("--top-p", type=_cli.number(0, 1, above=True), metavar="X")
-    pick.add_argument("--min-p", type=_cli.number(0, 1), metavar="X")
-    pick.add_argument("--repeat-penalty", type=_cli.number(0, above=True), metavar="X")
-    pick.add_argument("--repeat-last-n", type=_cli.integer(-1), metavar="N")
-    pick.add_argument("--presence-penalty", type=_cli.number(-1e3), metavar="X")
-    pick.add_argument("--frequency-penalty", type=_cli.number(-1e3), metavar="X")
+    pick.add_argument("-s", "--seed", default=-1, **SETTABLE["seed"])
+    for name, flag in SAMPLING.items():
+        pick.add_argument("--" + name.replace("_", "-"), **flag)
     taken = p.add_argument_group("taken for llama.cpp's sake, without effect")
     taken.add_argument("-fa", "--flash-attn", dest="fa", choices=("on", "off", "auto"))
     taken.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", dest="ngl", metavar="N")
     taken.add_argument("-tb", "--threads-batch", dest="tb", metavar="N")
-    for flag, *more in (("--jinja",), ("-cnv", "--conversation"), ("--no-warmup",)):
-        taken.add_argument(flag, *more, dest=flag.strip("-").replace("-", "_"), action="store_true", default=None)
+    for switch, *more in (("--jinja",), ("-cnv", "--conversation"), ("--no-warmup",)):
+        taken.add_argument(switch, *more, dest=switch.strip("-").replace("-", "_"), action="store_true", default=None)
     return p
 
 
@@ -117,15 +122,19 @@ def unescape(text: str) -> str:
 def first_message(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
     if args.file is not None:
-        try:
-            return Path(args.file).read_text(encoding="utf-8")
-        except OSError as e:
-            raise ModelIOError(f"{args.file} cannot be read: {e.strerror}") from None
-        except UnicodeDecodeError as e:
-            raise ArgumentError(f"{args.file} is not valid UTF-8 at its byte {e.start}") from None
+        return read_text(Path(args.file))
     if args.prompt is None:
         return None
     return checked_text("-p", unescape(args.prompt) if args.escape else args.prompt)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ModelIOError(f"{path} cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise ArgumentError(f"{path} is not valid UTF-8 at its byte {e.start}") from None
 
 
 def checked_text(flag: str, text: str) -> str:
@@ -140,9 +149,12 @@ def checked_text(flag: str, text: str) -> str:
 def sampling_of(args: argparse.Namespace, defaults: dict[str, Any]) -> Sampling:
     from ._session import Sampling
 
-    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
-    seed = args.seed if args.seed >= 0 else secrets.randbits(32)
-    return replace(Sampling(), **{**defaults, **given, "seed": seed})
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    return replace(Sampling(), **{**defaults, **given, "seed": resolve_seed(args.seed)})
+
+
+def resolve_seed(seed: int) -> int:
+    return seed if seed >= 0 else secrets.randbits(32)
 
 
 def mention_taken(args: argparse.Namespace) -> None:
@@ -160,13 +172,15 @@ class Conversation:
     max_tokens: int
     messages: list[Message] = field(default_factory=list)
     quiet: bool = False  # --json: nothing but the object at the end
+    attached: str = ""  # /read: what comes before the next message
 
     @property
     def session(self) -> Session:
         return self.chat.session
 
     def ask(self, text: str) -> Turn:
-        self.messages.append({"role": "user", "content": text})
+        self.messages.append({"role": "user", "content": self.attached + text})
+        self.attached = ""
         return self.answer()
 
     def answer(self) -> Turn:
@@ -237,6 +251,43 @@ class Conversation:
 
     def clear(self) -> None:
         self.messages[:] = [m for m in self.messages[:1] if m["role"] == "system"]
+
+    def set_system(self, text: str) -> None:
+        """The system message; '' = none."""
+        rest = self.messages[1:] if self.messages and self.messages[0]["role"] == "system" else self.messages
+        self.messages = [{"role": "system", "content": text}, *rest] if text else list(rest)
+
+    def set(self, argument: str) -> str:
+        """/set: changes one field of the sampling; the line that says how they stand."""
+        name, _, value = argument.partition(" ")
+        if argument:
+            if name not in SETTABLE:
+                raise ArgumentError(f"there is nothing called {name!r} to set; there are {', '.join(SETTABLE)}")
+            try:
+                parsed = SETTABLE[name]["type"](value.strip())
+            except argparse.ArgumentTypeError as e:
+                raise ArgumentError(f"{name}: {e}") from None
+            self.sampling = replace(self.sampling, **{name: resolve_seed(parsed) if name == "seed" else parsed})
+        return ", ".join(f"{name} {getattr(self.sampling, name)}" for name in SETTABLE)
+
+    def save(self, path: Path) -> None:
+        note = {"chat": NOTE_VERSION, "messages": self.messages, **self.chat.memory()}
+        self.session.save(path, json.dumps(note).encode())
+
+    def load(self, path: Path) -> None:
+        """Where the file is another program's the messages stay, and the next answer evaluates them again."""
+        note = self.session.load(path)
+        try:
+            memory = json.loads(note)
+            messages = list(memory["messages"])
+            if memory["chat"] != NOTE_VERSION:
+                raise ValueError
+            if messages:
+                check_messages(messages)
+            self.chat.recall(memory)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ArgumentError(f"{path} was saved by another program: its messages are not known") from None
+        self.messages = messages
 
 
 def open_conversation(args: argparse.Namespace) -> Conversation:
@@ -314,24 +365,51 @@ def report(turn: Turn, stats: Stats) -> dict[str, Any]:
     }
 
 
+def run_command(conversation: Conversation, name: str, argument: str) -> None:
+    """A command that asks for no answer."""
+    path = Path(argument).expanduser()
+    match name:
+        case "/clear":
+            conversation.clear()
+        case "/system":
+            conversation.set_system(argument)
+        case "/read":
+            conversation.attached += read_text(path).rstrip("\n") + "\n\n"
+            _terminal.say(f"{path} comes before the next message")
+        case "/set":
+            _terminal.say(conversation.set(argument))
+        case "/save":
+            conversation.save(path)
+            _terminal.say(f"saved: {len(conversation.messages)} messages, {conversation.session.length} tokens")
+        case "/load":
+            conversation.load(path)
+            _terminal.say(f"loaded: {len(conversation.messages)} messages, {conversation.session.length} tokens")
+        case "/kv":
+            _terminal.say(_terminal.kv_table(conversation.session))
+        case _:
+            _terminal.say(_repl.HELP)
+
+
 def repl(conversation: Conversation, single_turn: bool) -> int:
     for text in _repl.read_messages():
-        command = text.strip()
-        refusal = _repl.refused_command(text)
-        if refusal is not None:
-            _terminal.say(refusal)
-        elif command in ("/exit", "/bye", "/quit"):
+        try:
+            name, argument = _repl.parse_command(text) or ("", "")
+        except ArgumentError as e:
+            _terminal.say(str(e))
+            continue
+        if name in ("/exit", "/bye", "/quit"):
             break
-        elif command in ("/help", "/?"):
-            _terminal.say(_repl.HELP)
-        elif command == "/clear":
-            conversation.clear()
-        elif command == "/kv":
-            _terminal.say(_terminal.kv_table(conversation.session))
-        elif command:
-            code = exchange(conversation, None if command == "/regen" else text)
+        if name == "/regen" or (not name and text.strip()):
+            code = exchange(conversation, None if name else text)
             if single_turn or code:
                 return code
+        elif name:
+            try:
+                run_command(conversation, name, argument)
+            except KvmixError as e:
+                if not _repl.is_interactive():
+                    raise
+                _terminal.say(str(e))
     return 0
 
 

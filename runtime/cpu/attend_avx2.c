@@ -1,4 +1,4 @@
-/* attend_avx2.c - the attention kernels of the AVX2 table.
+/* attend_avx2.c - the attention kernels of the AVX2 table, and load_packed, which decodes like them.
  *
  * A packed tile is decoded once, into bytes of the order in which its planes lie (kvtype.h 4): a *quad* is 64 bytes,
  * 16 lanes by 4 reduced indices. vpmaddubsw and vpmaddwd then multiply half a quad with 4 bytes of a query, or of its
@@ -16,17 +16,17 @@
 #include <immintrin.h>
 
 #include "attend_x86.h"
+#include "kernels_avx2.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
 enum { W = 8, QUAD = 64, HALF = 32, V_QUADS = KVM_PAGE / 4, N_BLOCKS = KVM_PAGE / KVM_WEIGHT_BLOCK, ROWS = 4 };
 
+INLINE __m128i load_16(const void *src) { return _mm_loadu_si128((const __m128i *)src); }
 INLINE __m256i load_half(const uint8_t *src) { return _mm256_loadu_si256((const __m256i *)(const void *)src); }
 INLINE void store_half(uint8_t *dst, __m256i v) { _mm256_storeu_si256((__m256i *)(void *)dst, v); }
 INLINE __m256i bytes_of(int32_t value) { return _mm256_set1_epi8((char)value); }
-INLINE __m256 load_halves(const uint16_t *src) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)src));
-}
+INLINE __m256 load_halves(const uint16_t *src) { return _mm256_cvtph_ps(load_16(src)); }
 INLINE void prefetch(const void *at, ptrdiff_t ahead) {
     _mm_prefetch((const char *)((uintptr_t)at + (uintptr_t)ahead), _MM_HINT_T0);
 }
@@ -50,7 +50,7 @@ INLINE int32_t key_bias(bool q8) { return q8 ? 128 : 64; }
  * level k. */
 static __m256i level_table(const kvm_kvtype_info *info, int32_t bias) {
     const __m128i iota = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m128i words = _mm_loadu_si128((const __m128i *)(const void *)info->level);
+    __m128i words = load_16(info->level);
     __m128i code = _mm_and_si128(iota, _mm_set1_epi8((char)((1 << info->bits) - 1)));
     __m128i t = _mm_sub_epi8(code, _mm_set1_epi8((char)(1 << (info->bits - 1))));
     __m128i minus = _mm_cmpgt_epi8(_mm_setzero_si128(), t); /* x ^ -1 is -1 - x */
@@ -107,8 +107,45 @@ INLINE void decode_tile(const int32_t bits, __m256i table, const uint8_t *tile, 
     }
 }
 
-static void decode(kvm_kvtype type, __m256i table, const uint8_t *tile, int32_t n_quads, uint8_t *quads,
+/* The same for the trellis code (kvtype.h 5). A *pair* of a step is its symbol and the one before it,
+ * s[t-1] | s[t] << 2: what the second look-up takes; the first takes the pair of two steps before. */
+static void decode_trellis(const uint8_t *tile, uint8_t *quads, ptrdiff_t ahead) {
+    const __m256i low = bytes_of(15);
+    /* a shuffle wants the top bit of an index 0, and looks at the low 4: so a is 64 too large until b is added */
+    __m256i a_table = _mm256_add_epi8(_mm256_broadcastsi128_si256(load_16(kvm_trellis_a)), bytes_of(64));
+    __m256i b_table = _mm256_sub_epi8(_mm256_broadcastsi128_si256(load_16(kvm_trellis_b)), bytes_of(64));
+    for (int32_t half = 0; half < QUAD; half += HALF, quads += HALF) {
+        __m256i last = load_half(tile + 7 * KVM_LINE + half), pair[6]; /* of steps -2 .. 3 of a byte */
+        __m256i before = _mm256_or_si256(_mm256_slli_epi32(last, 8), _mm256_srli_epi32(last, 24)); /* byte i - 1 to i */
+        pair[4] = _mm256_and_si256(_mm256_srli_epi16(before, 2), low);
+        pair[5] = _mm256_and_si256(_mm256_srli_epi16(before, 4), low);
+        for (int32_t g = 0; g < V_QUADS / 4; g++) {
+            __m256i byte = load_half(tile + KVM_LINE * g + half);
+            if (half == 0) prefetch(tile + KVM_LINE * g, ahead);
+            pair[0] = pair[4];
+            pair[1] = pair[5];
+            pair[2] = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(byte, 2), bytes_of(12)),
+                                      _mm256_and_si256(_mm256_srli_epi16(before, 6), bytes_of(3)));
+            pair[3] = _mm256_and_si256(byte, low);
+            pair[4] = _mm256_and_si256(_mm256_srli_epi16(byte, 2), low);
+            pair[5] = _mm256_and_si256(_mm256_srli_epi16(byte, 4), low);
+            before = byte;
+#pragma GCC unroll 4
+            for (int32_t j = 0; j < 4; j++) {
+                __m256i a = _mm256_shuffle_epi8(a_table, pair[j]);
+                __m256i b = _mm256_shuffle_epi8(b_table, _mm256_add_epi8(pair[j + 2], a));
+                store_half(quads + QUAD * (4 * g + j), _mm256_add_epi8(a, b));
+            }
+        }
+    }
+}
+
+static void decode(kvm_kvtype type, kvm_side side, __m256i table, const uint8_t *tile, int32_t n_quads, uint8_t *quads,
                    ptrdiff_t ahead) {
+    if (kvm_is_trellis(type, side)) {
+        decode_trellis(tile, quads, ahead);
+        return;
+    }
     switch (type) {
     case KVM_KVTYPE_Q8: decode_tile(8, table, tile, n_quads, quads, ahead); break;
     case KVM_KVTYPE_Q6: decode_tile(6, table, tile, n_quads, quads, ahead); break;
@@ -127,6 +164,49 @@ static int32_t tile_bytes(kvm_kvtype type, int32_t n_quads) {
         n_lines += kvm_ceil_div(n_quads * kvm_kvtypes[type].plane_bits[i], 8);
     }
     return KVM_LINE * n_lines;
+}
+
+/* ---- load_packed --------------------------------------------------------------------------------------------- */
+
+/* Byte i of all dwords of half a quad is 8 neighbours in a row of the result. Rows are reduced indices: K's are
+ * channels, V's positions. A K lane is a position and has its own scale; a V row has one scale for all its lanes. */
+INLINE void load_side(const kvm_side side, kvm_kvtype type, const uint8_t *page, int32_t d, const float *scales,
+                      float *out) {
+    const int32_t n_rows = side == KVM_SIDE_K ? d : KVM_PAGE, row_floats = side == KVM_SIDE_K ? KVM_PAGE : d;
+    int32_t group = kvm_group_of(d), tile = tile_bytes(type, n_rows / 4);
+    uint8_t quads[KVM_LANES * KVM_HEAD_DIM_MAX];
+    __m256i table = decode_table(type, KVM_SIDE_V); /* without what is added to keys */
+    for (int32_t lane = 0; lane < row_floats; lane += KVM_LANES, page += tile) {
+        decode(type, side, table, page, n_rows / 4, quads, 0);
+        for (int32_t row = 0; row < n_rows; row += 4) {
+            const float *scale = scales + KVM_PAGE * (side == KVM_SIDE_K ? row / group : lane / group);
+            for (int32_t half = 0; half < 2; half++) {
+                __m256i levels = load_half(quads + KVM_LANES * row + HALF * half);
+                int32_t at = lane + W * half;
+#pragma GCC unroll 4
+                for (int32_t i = 0; i < 4; i++) {
+                    __m256i level = _mm256_srai_epi32(_mm256_slli_epi32(levels, 24 - 8 * i), 24);
+                    __m256 factor =
+                        side == KVM_SIDE_K ? _mm256_loadu_ps(scale + at) : _mm256_broadcast_ss(scale + row + i);
+                    float *to = out + (row + i) * row_floats + at;
+                    _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(level), factor));
+                }
+            }
+        }
+    }
+}
+
+void kvm_avx2_load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {
+    const uint16_t *halves = (const uint16_t *)(const void *)page;
+    if (type == KVM_KVTYPE_F16) {
+        kvm_avx2_load_f16(halves, KVM_PAGE * d, out);
+        return;
+    }
+    float scales[KVM_HEAD_DIM_MAX / KVM_GROUP * KVM_PAGE]; /* [groups][128] */
+    int32_t scales_at = kvm_page_layout_of(type, side, d, false).scales / 2;
+    kvm_avx2_load_f16(halves + scales_at, d / kvm_group_of(d) * KVM_PAGE, scales);
+    if (side == KVM_SIDE_K) load_side(KVM_SIDE_K, type, page, d, scales, out);
+    else load_side(KVM_SIDE_V, type, page, d, scales, out);
 }
 
 /* ---- the dot products ---------------------------------------------------------------------------------------- */
@@ -206,7 +286,7 @@ void kvm_avx2_score_packed(kvm_kvtype type, const uint8_t *codes, const uint16_t
     int32_t tile = tile_bytes(type, d / 4);
     for (int32_t i = 0; i < KVM_PAGE * (d / kvm_group_of(d)); i += 32) prefetch(scales + i, ahead);
     for (int32_t first = 0; first < KVM_PAGE; first += KVM_LANES, codes += tile) {
-        decode(type, table, codes, d / 4, quads, ahead);
+        decode(type, KVM_SIDE_K, table, codes, d / 4, quads, ahead);
         for (int32_t i = 0, rows; i < m; i += rows) {
             rows = next_rows(m - i);
             FOR_ROWS(score_rows, type, rows, quads, scales + first, d, q, i, start, score + first)
@@ -269,7 +349,7 @@ void kvm_avx2_mix_packed(kvm_kvtype type, const uint8_t *codes, int32_t d, int32
     __m256i table = decode_table(type, KVM_SIDE_V);
     int32_t tile = tile_bytes(type, V_QUADS), n_groups = d / kvm_group_of(d);
     for (int32_t c = 0; c < d; c += KVM_LANES, codes += tile) {
-        decode(type, table, codes, V_QUADS, quads, ahead);
+        decode(type, KVM_SIDE_V, table, codes, V_QUADS, quads, ahead);
         for (int32_t i = 0, rows; i < m; i += rows) {
             int32_t at = i * n_groups + c / kvm_group_of(d);
             rows = next_rows(m - i);

@@ -100,8 +100,42 @@ static __m512i decode_table(kvm_kvtype type, kvm_side side) {
     return level_table(&kvm_kvtypes[type], side == KVM_SIDE_K ? key_bias(type) : 0);
 }
 
-static void decode(kvm_kvtype type, __m512i table, const uint8_t *tile, int32_t n_quads, uint8_t *quads,
+/* The same for the trellis code (kvtype.h 5). A *pair* of a step is its symbol and the one before it,
+ * s[t-1] | s[t] << 2: what the second look-up takes; the first takes the pair of two steps before. The tables stand
+ * four times, so that an index may carry any bits above its 4. */
+static void decode_trellis(const uint8_t *tile, uint8_t *quads, ptrdiff_t ahead) {
+    const __m512i high_symbol = _mm512_set1_epi8(12);
+    __m512i a_table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)kvm_trellis_a));
+    __m512i b_table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)kvm_trellis_b));
+    __m512i before = _mm512_rol_epi32(load_quad(tile + 7 * KVM_LINE), 8), pair[6]; /* of steps -2 .. 3 of a byte */
+    pair[4] = _mm512_srli_epi16(before, 2);
+    pair[5] = _mm512_srli_epi16(before, 4);
+    for (int32_t g = 0; g < V_QUADS / 4; g++, tile += KVM_LINE, quads += 4 * QUAD) {
+        __m512i byte = load_quad(tile);
+        prefetch(tile, ahead);
+        pair[0] = pair[4];
+        pair[1] = pair[5];
+        pair[2] = _mm512_srli_epi16(before, 6); /* and byte's first symbol where high_symbol has ones */
+        pair[2] = _mm512_ternarylogic_epi32(high_symbol, _mm512_slli_epi16(byte, 2), pair[2], 0xca);
+        pair[3] = byte;
+        pair[4] = _mm512_srli_epi16(byte, 2);
+        pair[5] = _mm512_srli_epi16(byte, 4);
+        before = byte;
+#pragma GCC unroll 4
+        for (int32_t j = 0; j < 4; j++) {
+            __m512i a = _mm512_permutexvar_epi8(pair[j], a_table);
+            __m512i b = _mm512_permutexvar_epi8(_mm512_add_epi8(pair[j + 2], a), b_table);
+            _mm512_storeu_si512((void *)(quads + QUAD * j), _mm512_add_epi8(a, b));
+        }
+    }
+}
+
+static void decode(kvm_kvtype type, kvm_side side, __m512i table, const uint8_t *tile, int32_t n_quads, uint8_t *quads,
                    ptrdiff_t ahead) {
+    if (kvm_is_trellis(type, side)) {
+        decode_trellis(tile, quads, ahead);
+        return;
+    }
     switch (type) {
     case KVM_KVTYPE_Q8: decode_tile(8, table, tile, n_quads, quads, ahead); break;
     case KVM_KVTYPE_Q6: decode_tile(6, table, tile, n_quads, quads, ahead); break;
@@ -193,7 +227,7 @@ void kvm_avx512_score_packed(kvm_kvtype type, const uint8_t *codes, const uint16
     for (int32_t i = 0; i < KVM_PAGE * (d / kvm_group_of(d)); i += 32) prefetch(scales + i, ahead);
     for (int32_t first = 0; first < KVM_PAGE; first += TILES * KVM_LANES) {
         for (int32_t t = 0; t < TILES; t++, codes += tile) {
-            decode(type, table, codes, d / 4, quads + t * KVM_LANES * d, ahead);
+            decode(type, KVM_SIDE_K, table, codes, d / 4, quads + t * KVM_LANES * d, ahead);
         }
         for (int32_t i = 0, rows; i < m; i += rows) {
             rows = next_rows(m - i);
@@ -259,7 +293,7 @@ void kvm_avx512_mix_packed(kvm_kvtype type, const uint8_t *codes, int32_t d, int
     for (int32_t c = 0, tiles; c < d; c += tiles * KVM_LANES) {
         tiles = d - c >= TILES * KVM_LANES ? TILES : 1;
         for (int32_t t = 0; t < tiles; t++, codes += tile) {
-            decode(type, table, codes, V_QUADS, quads + t * V_QUADS * QUAD, ahead);
+            decode(type, KVM_SIDE_V, table, codes, V_QUADS, quads + t * V_QUADS * QUAD, ahead);
         }
         for (int32_t i = 0, rows; i < m; i += rows) {
             int32_t at = i * n_groups + c / kvm_group_of(d);

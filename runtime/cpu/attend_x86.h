@@ -18,4 +18,7 @@
 KVM_ATTEND_KERNELS(avx2);
 KVM_ATTEND_KERNELS(avx512);
 
+/* of both tables */
+void kvm_avx2_load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out);
+
 #endif

@@ -314,6 +314,28 @@ static kvmix_status copy_store(kvm_backend *b, int32_t from, int32_t to) {
     return KVMIX_OK;
 }
 
+/* a slot, all heads, and its size */
+static uint8_t *slot_bytes(kvm_backend *b, int32_t layer, kvm_slot_kind kind, int32_t slot, size_t *n_bytes) {
+    const kvm_layer_layout *l = &b->cache->layers[layer];
+    *n_bytes = (size_t)(kind == KVM_SLOT_F16 ? l->f16_bytes : kind == KVM_SLOT_PACKED ? l->packed_bytes : l->store_bytes);
+    uint8_t *pool = (kind == KVM_SLOT_F16 ? b->f16 : kind == KVM_SLOT_PACKED ? b->packed : b->store)[layer];
+    return pool + *n_bytes * (size_t)slot;
+}
+
+static kvmix_status export_slot(kvm_backend *b, int32_t layer, kvm_slot_kind kind, int32_t slot, uint8_t *out) {
+    size_t n_bytes;
+    const uint8_t *bytes = slot_bytes(b, layer, kind, slot, &n_bytes);
+    memcpy(out, bytes, n_bytes);
+    return KVMIX_OK;
+}
+
+static kvmix_status import_slot(kvm_backend *b, int32_t layer, kvm_slot_kind kind, int32_t slot, const uint8_t *in) {
+    size_t n_bytes;
+    uint8_t *bytes = slot_bytes(b, layer, kind, slot, &n_bytes);
+    memcpy(bytes, in, n_bytes);
+    return KVMIX_OK;
+}
+
 /* ---- memory -------------------------------------------------------------------------------------------------- */
 
 /* Hands out 64-byte aligned parts of a mapping; with base NULL it only counts. */
@@ -543,4 +565,4 @@ const kvm_backend_ops kvm_cpu_backend = {
     .name = "cpu", .kernels = kernels_name, .can_weight = can_weight, .can_attend = can_attend, .workspace_bytes = workspace_bytes, .open = open,
     .close = close, .allocated = allocated, .embed = embed, .attn_in = attn_in,
     .pack = kvm_cpu_pack, .attend = kvm_cpu_attend, .attn_out = attn_out, .ffn = ffn, .head = head, .logits = logits,
-    .copy_store = copy_store};
+    .copy_store = copy_store, .export_slot = export_slot, .import_slot = import_slot};

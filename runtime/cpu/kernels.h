@@ -64,7 +64,7 @@ typedef struct {
     /* a packed side of one head's page -> f32: K [d][128], V [128][d]; what kvm_decode_page gives, bit for bit */
     void (*load_packed)(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out);
     /* kvm_encode and kvm_hadamard, bit for bit */
-    void (*encode)(kvm_kvtype type, const float *x, int32_t d, uint8_t *codes, uint16_t *scales);
+    void (*encode)(kvm_kvtype type, kvm_side side, const float *x, int32_t d, uint8_t *codes, uint16_t *scales);
     void (*hadamard)(float *x, int32_t d, int32_t n, int32_t block);
     /* f16 -> f32, n values */
     void (*load_f16)(const uint16_t *src, int32_t n, float *dst);

@@ -1,4 +1,5 @@
-/* kernels_avx2.c - the table of kernels.h for AVX2 + FMA + F16C. matmul_avx2.c has the matmul.
+/* kernels_avx2.c - the table of kernels.h for AVX2 + FMA + F16C. matmul_avx2.c has the matmul, attend_avx2.c what reads
+ * pages.
  *
  * The rule of kernels.h, that an output's bits depend on its own inputs only, is kept by giving every output one lane
  * from beginning to end: blocks and tails differ in which outputs they hold together, never in what is done to one.
@@ -137,94 +138,14 @@ void kvm_avx2_quantize_q8(const float *x, int32_t n, kvm_q8_row out) {
     }
 }
 
-/* ---- load_f16, load_packed ---------------------------------------------------------------------------------- */
-
-INLINE __m128i load_16_bytes(const void *src) { return _mm_loadu_si128((const __m128i *)src); }
-INLINE __m256i load_32_bytes(const void *src) { return _mm256_loadu_si256((const __m256i *)src); }
+/* ---- load_f16 ------------------------------------------------------------------------------------------------ */
 
 void kvm_avx2_load_f16(const uint16_t *src, int32_t n, float *dst) {
     int32_t i = 0;
-    for (; i + W <= n; i += W) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(load_16_bytes(src + i)));
+    for (; i + W <= n; i += W) {
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(src + i))));
+    }
     for (; i < n; i++) dst[i] = _cvtsh_ss(src[i]);
-}
-
-/* bits shift .. shift + width - 1 of each byte */
-INLINE __m256i bits_of_bytes(__m256i v, int32_t shift, const int32_t width) {
-    return _mm256_and_si256(_mm256_srli_epi16(v, shift), _mm256_set1_epi8((char)((1 << width) - 1)));
-}
-
-/* 32 codes of four indices (8 lanes) from one or two planes; at: half a line of the first plane; j, low_j: which field */
-INLINE __m256i load_codes(const int32_t width, const int32_t low_width, const uint8_t *at, int32_t j, const uint8_t *low_at,
-                          int32_t low_j) {
-    __m256i code = bits_of_bytes(load_32_bytes(at), width * j, width);
-    if (low_width == 0) return code;
-    __m256i low = bits_of_bytes(load_32_bytes(low_at), low_width * low_j, low_width);
-    return _mm256_or_si256(_mm256_slli_epi16(code, low_width), low); /* the bytes have room */
-}
-
-/* The planes of section 4 of kvtype.h, for a type of `bits` bits. Both sides are the same walk: half a line is 8 lanes
- * by 4 indices of codes, a dword for each lane, so byte i of all dwords is 8 neighbours in a row of the result.
- * Rows are indices: K's are channels, V's are positions. A K lane is a position and has its own scale; a V row is a
- * position and has one scale for all its lanes. level: the levels of up to 16 codes, in both halves. */
-INLINE void load_planes(const int32_t bits, const kvm_side side, __m256i level, const uint8_t *page, int32_t d,
-                        const float *scales, float *out) {
-    const int32_t width = bits == 8 ? 8 : bits >= 4 ? 4 : 2, low_width = bits == 8 ? 0 : bits - width;
-    const int32_t per_line = 32 / width, per_low_line = low_width ? 32 / low_width : 1;
-    const int32_t n_rows = side == KVM_SIDE_K ? d : KVM_PAGE, row_floats = side == KVM_SIDE_K ? KVM_PAGE : d;
-    const int32_t n_lines = kvm_ceil_div(n_rows, per_line), group = kvm_group_of(d);
-    for (int32_t lane = 0; lane < row_floats; lane += KVM_LANES) {
-        const uint8_t *low_plane = page + KVM_LINE * n_lines;
-        for (int32_t row = 0; row < n_rows; row += 4) {
-            for (int32_t half = 0; half < 2; half++) {
-                __m256i code = load_codes(width, low_width, page + KVM_LINE * (row / per_line) + 32 * half,
-                                          row % per_line / 4, low_plane + KVM_LINE * (row / per_low_line) + 32 * half,
-                                          row % per_low_line / 4);
-                __m256i levels = bits == 8   ? _mm256_xor_si256(code, _mm256_set1_epi8(-128))
-                                 : bits >= 5 ? _mm256_sub_epi8(_mm256_add_epi8(code, code), /* 2 code - (2^bits - 1) */
-                                                               _mm256_set1_epi8((char)((1 << bits) - 1)))
-                                             : _mm256_shuffle_epi8(level, code);
-                int32_t first = lane + W * half;
-                for (int32_t i = 0; i < 4; i++) {
-                    __m256 value = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(levels, 24 - 8 * i), 24));
-                    __m256 scale = side == KVM_SIDE_K
-                                       ? _mm256_loadu_ps(scales + KVM_PAGE * (row / group) + first)
-                                       : _mm256_broadcast_ss(scales + KVM_PAGE * (lane / group) + row + i);
-                    _mm256_storeu_ps(out + (row + i) * row_floats + first, _mm256_mul_ps(value, scale));
-                }
-            }
-        }
-        page += KVM_LINE * (n_lines + (low_width ? kvm_ceil_div(n_rows, per_low_line) : 0));
-    }
-}
-
-#define LOAD_PLANES(bits)                                                                                              \
-    (side == KVM_SIDE_K ? load_planes(bits, KVM_SIDE_K, level, page, d, scales, out)                                   \
-                        : load_planes(bits, KVM_SIDE_V, level, page, d, scales, out))
-
-void kvm_avx2_load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out) {
-    const uint16_t *halves = (const uint16_t *)(const void *)page;
-    if (type == KVM_KVTYPE_F16) {
-        kvm_avx2_load_f16(halves, KVM_PAGE * d, out);
-        return;
-    }
-    float scales[KVM_HEAD_DIM_MAX / KVM_GROUP * KVM_PAGE]; /* [groups][128] */
-    int32_t scales_at = kvm_page_layout_of(type, side, d, false).scales / 2;
-    kvm_avx2_load_f16(halves + scales_at, d / kvm_group_of(d) * KVM_PAGE, scales);
-    float table[256];
-    int8_t bytes[16] = {0};
-    kvm_kvtype_levels(type, table);
-    for (int32_t code = 0; code < 1 << kvm_min(kvm_kvtypes[type].bits, 4); code++) bytes[code] = (int8_t)table[code];
-    __m256i level = _mm256_broadcastsi128_si256(load_16_bytes(bytes));
-    switch (type) {
-    case KVM_KVTYPE_Q8: LOAD_PLANES(8); break;
-    case KVM_KVTYPE_Q6: LOAD_PLANES(6); break;
-    case KVM_KVTYPE_Q5: LOAD_PLANES(5); break;
-    case KVM_KVTYPE_Q4: LOAD_PLANES(4); break;
-    case KVM_KVTYPE_Q3: LOAD_PLANES(3); break;
-    case KVM_KVTYPE_Q2: LOAD_PLANES(2); break;
-    case KVM_KVTYPE_F16:
-    case KVM_KVTYPE_COUNT: break;
-    }
 }
 
 /* ---- softmax_step, silu_mul, gelu_mul ------------------------------------------------------------------------ */

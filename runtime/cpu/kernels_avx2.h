@@ -5,7 +5,6 @@
 #include "kernels.h"
 
 void kvm_avx2_quantize_q8(const float *x, int32_t n, kvm_q8_row out);
-void kvm_avx2_load_packed(kvm_kvtype type, kvm_side side, const uint8_t *page, int32_t d, float *out);
 void kvm_avx2_load_f16(const uint16_t *src, int32_t n, float *dst);
 
 #endif

@@ -94,14 +94,14 @@ static void score_packed(kvm_kvtype type, const uint8_t *codes, const uint16_t *
     (void)ahead;
     int32_t group = kvm_group_of(d), n_groups = d / group;
     uint8_t plain[KVM_HEAD_DIM_MAX * KVM_PAGE]; /* [d][128] */
-    float level[256];
+    int8_t level[KVM_HEAD_DIM_MAX * KVM_PAGE];
     kvm_planes_unpack(type, KVM_SIDE_K, codes, d, plain);
-    kvm_kvtype_levels(type, level);
+    kvm_levels_of(type, KVM_SIDE_K, plain, d, level);
     for (int32_t i = 0; i < m * KVM_PAGE; i++) score[i] = start[i / KVM_PAGE];
     for (int32_t i = 0; i < m * n_groups; i++) {
         int32_t row = i / n_groups, g = i % n_groups, dot[KVM_PAGE] = {0};
         for (int32_t c = g * group; c < (g + 1) * group; c++) {
-            for (int32_t p = 0; p < KVM_PAGE; p++) dot[p] += q.q[row * d + c] * (int32_t)level[plain[c * KVM_PAGE + p]];
+            for (int32_t p = 0; p < KVM_PAGE; p++) dot[p] += q.q[row * d + c] * level[c * KVM_PAGE + p];
         }
         for (int32_t p = 0; p < KVM_PAGE; p++) {
             score[row * KVM_PAGE + p] += (float)dot[p] * (kvm_f16_to_f32(scales[g * KVM_PAGE + p]) * q.scale[i]);
@@ -131,16 +131,14 @@ static void mix_packed(kvm_kvtype type, const uint8_t *codes, int32_t d, int32_t
     (void)ahead;
     int32_t group = kvm_group_of(d), n_groups = d / group;
     uint8_t plain[KVM_HEAD_DIM_MAX * KVM_PAGE]; /* [d][128] */
-    float level[256];
+    int8_t level[KVM_HEAD_DIM_MAX * KVM_PAGE];
     kvm_planes_unpack(type, KVM_SIDE_V, codes, d, plain);
-    kvm_kvtype_levels(type, level);
+    kvm_levels_of(type, KVM_SIDE_V, plain, d, level);
     for (int32_t i = 0; i < m * d; i++) {
         int32_t c = i % d, from = (i / d * n_groups + c / group) * KVM_PAGE; /* of its row and group's weights */
         for (int32_t first = 0; first < KVM_PAGE; first += KVM_WEIGHT_BLOCK) {
             int32_t dot = 0;
-            for (int32_t p = first; p < first + KVM_WEIGHT_BLOCK; p++) {
-                dot += w.w[from + p] * (int32_t)level[plain[c * KVM_PAGE + p]];
-            }
+            for (int32_t p = first; p < first + KVM_WEIGHT_BLOCK; p++) dot += w.w[from + p] * level[c * KVM_PAGE + p];
             acc[i] += (float)dot * w.scale[(from + first) / KVM_WEIGHT_BLOCK];
         }
     }

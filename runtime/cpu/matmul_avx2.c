@@ -9,7 +9,7 @@
 
 #include "matmul_avx2.h"
 
-enum { OUTS = 8, ROWS = 4, ROW_BLOCK = 64, Q8_ZERO = 0 };
+enum { OUTS = 8, ROWS = 4, ROW_BLOCK = 64, ZERO_8BIT = 0 };
 
 #include "matmul_tiles.h"
 
@@ -44,19 +44,32 @@ INLINE void split_halves(lanes v, floats *low, floats *high) {
     *high = (floats)_mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1));
 }
 
-INLINE lanes fifth_bits(lanes v, int32_t g) {
+INLINE lanes spread_bits(lanes v, int32_t g, int32_t place) {
     __m256i first_byte = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
     __m256i spread = _mm256_shuffle_epi8((__m256i)v, _mm256_add_epi8(first_byte, _mm256_set1_epi8((char)(g / 2))));
     __m256i mask = _mm256_set1_epi32(g % 2 == 0 ? 0x08040201 : (int32_t)0x80402010u);
     __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
-    return (lanes)_mm256_and_si256(is_set, _mm256_set1_epi8(16));
+    return (lanes)_mm256_and_si256(is_set, _mm256_set1_epi8((char)(1 << place)));
+}
+
+INLINE lanes repeated(const int8_t bytes[16]) {
+    return (lanes)_mm256_broadcastsi128_si256(load_16((const uint8_t *)bytes));
+}
+
+INLINE lanes look_up(lanes table, lanes index) {
+    return (lanes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+}
+
+INLINE lanes gather(const uint32_t *table, lanes index) {
+    return (lanes)_mm256_i32gather_epi32((const int *)table, (__m256i)index, 4);
 }
 
 INLINE floats fused(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 INLINE void dot_products(format f, const lanes *code, int32_t n_groups, const kvm_q8_row *x, int32_t n, int32_t i0,
                          ints dot[ROWS]) {
-    const int32_t chain = 32767 / (2 * 127 * f.max_code);
+    const int32_t fit = f.max_code <= 16 ? 8 : f.max_code <= 32 ? 4 : f.max_code <= 64 ? 2 : 1;
+    const int32_t chain = kvm_min(fit, n_groups);
     for (int32_t r = 0; r < n; r++) dot[r] = (ints){0};
 #pragma GCC unroll 8
     for (int32_t g0 = 0; g0 < n_groups; g0 += chain) {

@@ -4,7 +4,7 @@
 
 #include "matmul_avx512.h"
 
-enum { OUTS = 16, ROWS = 8, ROW_BLOCK = 128, Q8_ZERO = 128 };
+enum { OUTS = 16, ROWS = 8, ROW_BLOCK = 128, ZERO_8BIT = 128 };
 
 #include "matmul_tiles.h"
 
@@ -38,11 +38,23 @@ INLINE void split_halves(lanes v, floats *low, floats *high) {
     *high = (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(apart, 1));
 }
 
-/* byte i of a lane takes bits 4g + i - 4 .. 4g + i + 3 of its lane, of which the fifth counts */
-INLINE lanes fifth_bits(lanes v, int32_t g) {
-    const uint64_t from = 0x1f1e1d1c3f3e3d3cu; /* for two lanes: a qword, whose bits wrap around */
-    __m512i at = _mm512_set1_epi64((int64_t)(from + 0x0404040404040404u * (uint64_t)g));
-    return (lanes)_mm512_multishift_epi64_epi8(at, (__m512i)v) & 0x10101010u;
+/* byte i of a lane takes the bits from 4g + i - place on, of which number `place` counts */
+INLINE lanes spread_bits(lanes v, int32_t g, int32_t place) {
+    const uint64_t from = 0x2322212003020100u; /* for two lanes: a qword, whose bits wrap around */
+    __m512i at = _mm512_set1_epi64((int64_t)(from + 0x0101010101010101u * (uint64_t)(64 + 4 * g - place)));
+    return (lanes)_mm512_multishift_epi64_epi8(at, (__m512i)v) & in_each_byte(1u << place);
+}
+
+INLINE lanes repeated(const int8_t bytes[16]) {
+    return (lanes)_mm512_broadcast_i32x4(load_16((const uint8_t *)bytes));
+}
+
+INLINE lanes look_up(lanes table, lanes index) {
+    return (lanes)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+}
+
+INLINE lanes gather(const uint32_t *table, lanes index) {
+    return (lanes)_mm512_i32gather_epi32((__m512i)index, table, 4);
 }
 
 INLINE floats fused(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

@@ -1,13 +1,12 @@
-/* matmul_tiles.h - weights as tiles, for matmul_avx2.c and matmul_avx512.c: the formats, and the walk over a matrix.
+/* matmul_tiles.h - weights as tiles, for matmul_avx2.c and matmul_avx512.c: the product, and the walk over a matrix.
  *
  * A tile is OUTS outputs by 32 inputs, a dword lane for each output, so that no sum ever crosses lanes:
  *
  *   code[g]             byte 4*o + i = code of weight 4g + i of output o      g < 8, o < OUTS, i < 4
  *   scale[h], base[h]   lane o: weight = scale * (code - zero) + base, h = half of the 32 inputs (one scale: h = 0)
  *
- * A format is one `fill` function, which makes the tiles of one of its blocks, and a few facts about its codes. Rows of
- * packed bytes are transposed first and unpacked afterwards, since packed bytes are fewer. The tiles of 256 inputs
- * (in L1) then serve all activation rows, or become floats.
+ * A format is one `fill` function, which makes the tiles of one of its blocks, and a few facts about its codes: see
+ * matmul_formats.h. The tiles of 256 inputs (in L1) serve all activation rows, or become floats.
  *
  * Each output is the same sequence of operations whatever n_rows, first and last are: for each block of 32 inputs,
  * ascending: for each scale acc = fma(dot, scale * x_scale, acc); then, where base' = base - scale * zero is not 0,
@@ -15,13 +14,13 @@
  * weights are bit for bit what kvm_dtypes[].decode gives.
  *
  * Loads stay inside the blocks of the rows asked for. With one activation row the bound is reading the weights once,
- * 0.56 to 1.06 bytes a MAC (4 with F32), so the next rows are prefetched while these are used.
+ * 0.2 to 1.06 bytes a MAC (4 with F32), so the next rows are prefetched while these are used.
  *
  * Each includes the file once, behind
  *
  *   OUTS               outputs of a tile
  *   ROWS, ROW_BLOCK    activation rows in registers, and in L2 while the weights pass by
- *   Q8_ZERO            what a signed code of Q8_0 gets added: 128, or 0 where the product takes signed codes
+ *   ZERO_8BIT          what a signed code of 8 bits gets added: 128, or 0 where the product takes signed codes
  *
  * and defines the functions that are only declared here.
  */
@@ -40,6 +39,7 @@ _Static_assert((int)TILE == (int)KVM_Q8_BLOCK, "a tile takes one scale of the ac
 _Static_assert(TILE * CHUNK_TILES == (int)KVM_TILE_IN, "a chunk of tiles is one tile of floats");
 
 typedef uint32_t lanes __attribute__((vector_size(4 * OUTS)));
+typedef uint8_t bytes __attribute__((vector_size(4 * OUTS)));
 typedef int32_t ints __attribute__((vector_size(4 * OUTS)));
 typedef float floats __attribute__((vector_size(4 * OUTS)));
 
@@ -68,8 +68,13 @@ INLINE void load_transposed(const rows *from, size_t at, lanes out[4]);
 /* the low 16 bits of each lane, an f16, as floats; both halves of each lane, low and high */
 INLINE floats halves(lanes v);
 INLINE void split_halves(lanes v, floats *low, floats *high);
-/* byte i of each lane: 16 where bit 4g + i of the lane is set, else 0 */
-INLINE lanes fifth_bits(lanes v, int32_t g);
+/* byte i of each lane: bit `place` is bit 4g + i of the lane, the others 0 */
+INLINE lanes spread_bits(lanes v, int32_t g, int32_t place);
+/* 16 bytes, over and over; and byte i of the result: byte (byte i of index) of such a table */
+INLINE lanes repeated(const int8_t bytes[16]);
+INLINE lanes look_up(lanes table, lanes index);
+/* table[index] of each lane */
+INLINE lanes gather(const uint32_t *table, lanes index);
 /* a * b + c, rounded once */
 INLINE floats fused(floats a, floats b, floats c);
 /* dot[r], lane o = sum of code * activation over n_groups groups of four inputs; x: n rows, their inputs from i0 on */
@@ -83,8 +88,9 @@ INLINE floats in_each_lane(float x) { return x - (floats){0}; }
 INLINE lanes low_nibbles(lanes v) { return v & 0x0f0f0f0fu; }
 INLINE lanes high_nibbles(lanes v) { return v >> 4 & 0x0f0f0f0fu; }
 
-/* byte i (0 the lowest) of each lane, as a number */
-INLINE ints unsigned_byte(lanes v, int32_t i) { return (ints)(v >> (uint32_t)(8 * i) & 255u); }
+/* n bits of each lane from bit `at` on, and byte i (0 the lowest), as numbers */
+INLINE lanes bits(lanes v, int32_t at, int32_t n) { return v >> (uint32_t)at & ((1u << n) - 1u); }
+INLINE ints unsigned_byte(lanes v, int32_t i) { return (ints)bits(v, 8 * i, 8); }
 INLINE ints signed_byte(lanes v, int32_t i) { return (ints)(v << (uint32_t)(24 - 8 * i)) >> 24; }
 INLINE floats as_floats(ints v) { return __builtin_convertvector(v, floats); }
 
@@ -93,140 +99,7 @@ INLINE void load_transposed_32(const rows *from, size_t at, lanes out[8]) {
     load_transposed(from, at + 16, out + 4);
 }
 
-/* ---- the formats; dtype.c draws their bytes ----------------------------------------------------------------- */
-
-/* 16 bytes of nibbles: the low ones are weights 0..15, the high ones 16..31 */
-INLINE void fill_nibbles(const rows *from, size_t at, tile *out) {
-    lanes packed[4];
-    load_transposed(from, at, packed);
-    for (int32_t g = 0; g < 4; g++) {
-        out->code[g] = low_nibbles(packed[g]);
-        out->code[g + 4] = high_nibbles(packed[g]);
-    }
-}
-
-INLINE void add_fifth_bits(lanes bits, tile *out) {
-#pragma GCC unroll 8
-    for (int32_t g = 0; g < 8; g++) out->code[g] |= fifth_bits(bits, g);
-}
-
-INLINE void fill_Q4_0(const rows *from, size_t at, tile *out) {
-    lanes head[4];
-    load_transposed(from, at, head);
-    out->scale[0] = halves(head[0]);
-    fill_nibbles(from, at + 2, out);
-}
-
-INLINE void fill_Q4_1(const rows *from, size_t at, tile *out) {
-    lanes head[4];
-    load_transposed(from, at, head);
-    out->scale[0] = halves(head[0]);
-    out->base[0] = halves(head[0] >> 16);
-    fill_nibbles(from, at + 4, out);
-}
-
-INLINE void fill_Q5_0(const rows *from, size_t at, tile *out) {
-    lanes head[4];
-    load_transposed(from, at, head);
-    out->scale[0] = halves(head[0]);
-    fill_nibbles(from, at + 6, out);
-    add_fifth_bits(head[0] >> 16 | head[1] << 16, out);
-}
-
-INLINE void fill_Q5_1(const rows *from, size_t at, tile *out) {
-    lanes head[4];
-    load_transposed(from, at, head);
-    out->scale[0] = halves(head[0]);
-    out->base[0] = halves(head[0] >> 16);
-    fill_nibbles(from, at + 8, out);
-    add_fifth_bits(head[1], out);
-}
-
-INLINE void fill_Q8_0(const rows *from, size_t at, tile *out) {
-    lanes head[4];
-    load_transposed(from, at, head);
-    out->scale[0] = halves(head[0]);
-    load_transposed_32(from, at + 2, out->code);
-    for (int32_t g = 0; g < 8; g++) out->code[g] ^= in_each_byte(Q8_ZERO);
-}
-
-/* d, dmin and the 12 bytes of 6-bit scales and minima of Q4_K and Q5_K; each dword below holds four of them */
-INLINE void fill_k_scales(const rows *from, size_t at, tile out[8]) {
-    lanes head[4], scales[2], mins[2];
-    load_transposed(from, at, head);
-    lanes six_bits = in_each_byte(63), top_bits = in_each_byte(0x30);
-    scales[0] = head[1] & six_bits;
-    mins[0] = head[2] & six_bits;
-    scales[1] = low_nibbles(head[3]) | (head[1] >> 2 & top_bits);
-    mins[1] = high_nibbles(head[3]) | (head[2] >> 2 & top_bits);
-    floats d = halves(head[0]), minus_dmin = -halves(head[0] >> 16);
-    for (int32_t t = 0; t < 8; t++) {
-        out[t].scale[0] = d * as_floats(unsigned_byte(scales[t / 4], t % 4));
-        out[t].base[0] = minus_dmin * as_floats(unsigned_byte(mins[t / 4], t % 4));
-    }
-}
-
-/* 32 bytes of nibbles for each two tiles */
-INLINE void fill_k_nibbles(const rows *from, size_t at, tile out[8]) {
-    for (int32_t t = 0; t < 8; t += 2) {
-        lanes packed[8];
-        load_transposed_32(from, at + 16 * (size_t)t, packed);
-        for (int32_t g = 0; g < 8; g++) {
-            out[t].code[g] = low_nibbles(packed[g]);
-            out[t + 1].code[g] = high_nibbles(packed[g]);
-        }
-    }
-}
-
-INLINE void fill_Q4_K(const rows *from, size_t at, tile out[8]) {
-    fill_k_scales(from, at, out);
-    fill_k_nibbles(from, at + 16, out);
-}
-
-INLINE void fill_Q5_K(const rows *from, size_t at, tile out[8]) {
-    fill_k_scales(from, at, out);
-    fill_k_nibbles(from, at + 48, out);
-    lanes fifth[8];
-    load_transposed_32(from, at + 16, fifth);
-    for (int32_t g = 0; g < 8; g++) {
-        for (int32_t t = 0; t < 8; t++) {
-            lanes bit = t < 4 ? fifth[g] << (uint32_t)(4 - t) : fifth[g] >> (uint32_t)(t - 4);
-            out[t].code[g] |= bit & in_each_byte(16);
-        }
-    }
-}
-
-INLINE void fill_Q6_K(const rows *from, size_t at, tile out[8]) {
-    for (size_t half = 0; half < 2; half++) {
-        lanes low[2][8], high[8];
-        load_transposed_32(from, at + 64 * half, low[0]);
-        load_transposed_32(from, at + 64 * half + 32, low[1]);
-        load_transposed_32(from, at + 128 + 32 * half, high);
-        for (int32_t t = 0; t < 4; t++) {
-            for (int32_t g = 0; g < 8; g++) {
-                lanes nibbles = t < 2 ? low_nibbles(low[t][g]) : high_nibbles(low[t - 2][g]);
-                lanes top = t < 3 ? high[g] << (uint32_t)(4 - 2 * t) : high[g] >> 2;
-                out[4 * half + (size_t)t].code[g] = nibbles | (top & in_each_byte(0x30));
-            }
-        }
-    }
-    lanes scales[4], tail[4];
-    load_transposed(from, at + 192, scales);
-    load_transposed(from, at + 194, tail);
-    floats d = halves(tail[3] >> 16);
-    for (int32_t s = 0; s < 16; s++) out[s / 2].scale[s % 2] = d * as_floats(signed_byte(scales[s / 4], s % 4));
-}
-
-/*  X(format, largest |code|, scales in 32 weights, zero, has a base, codes are signed) */
-#define FORMAT_LIST(X)                                                                                                 \
-    X(Q4_0, 15, 1, 8, false, false)                                                                                    \
-    X(Q4_1, 15, 1, 0, true, false)                                                                                     \
-    X(Q5_0, 31, 1, 16, false, false)                                                                                   \
-    X(Q5_1, 31, 1, 0, true, false)                                                                                     \
-    X(Q8_0, Q8_ZERO == 0 ? 128 : 255, 1, Q8_ZERO, false, Q8_ZERO == 0)                                                 \
-    X(Q4_K, 15, 1, 0, true, false)                                                                                     \
-    X(Q5_K, 31, 1, 0, true, false)                                                                                     \
-    X(Q6_K, 63, 2, 32, false, false)
+#include "matmul_formats.h"
 
 /* ---- the product -------------------------------------------------------------------------------------------- */
 

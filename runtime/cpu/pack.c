@@ -20,7 +20,7 @@ static void keep_sinks(const pack_context *c, const uint16_t *k, const uint16_t 
 /* s->k [d][128] -> codes, scales of one side */
 static void write_side(const kvm_cpu_kernels *kernels, kvm_side side, kvm_kvtype type, int32_t d,
                        const kvm_page_layout *layout, kvm_cpu_scratch *s, uint8_t *out) {
-    kernels->encode(type, s->k, d, s->codes, kvm_cpu_half(out + layout->scales));
+    kernels->encode(type, side, s->k, d, s->codes, kvm_cpu_half(out + layout->scales));
     kvm_planes_pack(type, side, s->codes, d, out);
 }
 

@@ -9,7 +9,7 @@
 #include "dtype.h"
 
 static uint8_t blocks[1 << 20]; /* what one step reads */
-static float values[2 << 20];   /* no format has more than two values a byte */
+static float values[6 << 20];   /* no format has six values a byte */
 
 int main(int argc, char **argv) {
     for (int32_t type = 0; argc == 2 && type < KVM_DTYPE_COUNT; type++) {

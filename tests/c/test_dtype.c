@@ -24,8 +24,8 @@ static void test_table(void) {
 static void test_unknown(void) {
     kvm_dtype type;
     const char *name = "";
-    CHECK(!kvm_dtype_from_gguf(10, &type, &name));
-    CHECK(name != NULL && strcmp(name, "Q2_K") == 0);
+    CHECK(!kvm_dtype_from_gguf(34, &type, &name));
+    CHECK(name != NULL && strcmp(name, "TQ1_0") == 0);
     CHECK(!kvm_dtype_from_gguf(4, &type, &name)); /* withdrawn */
     CHECK(name == NULL);
     CHECK(!kvm_dtype_from_gguf(41, &type, &name));
@@ -125,11 +125,101 @@ static void test_blocks_of_256(void) {
     CHECK(x[128 + 16] == -1.0f * (1 - 32) && x[128 + 15] == 0.0f);
 }
 
+static void test_levels(void) {
+    uint8_t block[34] = {0};
+    put_f16(block, 0.5f);
+    block[2] = 0xf8; /* q[0] = 8, q[16] = 15 */
+    const float *x = decode_twice(KVM_DTYPE_IQ4_NL, block);
+    CHECK(x[0] == 0.5f && x[16] == 56.5f && x[1] == -63.5f);
+
+    block[0] = 129; /* 2 */
+    block[1] = 0xf3;
+    x = decode_twice(KVM_DTYPE_MXFP4, block);
+    CHECK(x[0] == 6.0f && x[16] == -24.0f && x[1] == 0.0f && !signbit(x[1])); /* q[1] = 8 */
+    block[0] = 0;
+    CHECK(decode_twice(KVM_DTYPE_MXFP4, block)[0] == 3 * 0x1p-128f);
+}
+
+static void test_blocks_of_256_in_few_bits(void) {
+    uint8_t block[210] = {0};
+    put_f16(block + 80, 0.5f);
+    put_f16(block + 82, 0.25f);
+    block[11] = 0x53;           /* group 11: scale 3, minimum 5 */
+    block[16 + 32 + 16] = 0x08; /* its first value, 128 + 32 + 16, has bits 2 and 3 of byte 16 in the second half */
+    const float *x = decode_twice(KVM_DTYPE_Q2_K, block);
+    CHECK(x[176] == 0.5f * 3 * 2 - 0.25f * 5 && x[177] == -1.25f && x[0] == 0.0f);
+
+    memset(block, 0, sizeof block);
+    put_f16(block + 108, 0.5f);
+    block[96 + 3] = 0x70;       /* group 11: the low bits of its scale are 7 */
+    block[96 + 8 + 3] = 0x20;   /* bits 4 and 5: the scale is 39 - 32 */
+    block[32 + 32 + 16] = 0x0c; /* q of value 176: 3 */
+    block[16] = 0x20;           /* and its third bit, 5 of byte 16 */
+    x = decode_twice(KVM_DTYPE_Q3_K, block);
+    CHECK(x[176] == 0.5f * 7 * 3 && x[177] == 0.5f * 7 * -4 && x[0] == 0.5f * -32 * -4);
+
+    memset(block, 0, sizeof block);
+    put_f16(block, 0.5f);
+    block[2] = 0x40;          /* group 3: bits 4 and 5 of its scale */
+    block[5] = 0xf0;          /* the low bits: 15 + 16 - 32 */
+    block[8 + 3 * 16] = 0x0f; /* q of value 96 */
+    x = decode_twice(KVM_DTYPE_IQ4_XS, block);
+    CHECK(x[96] == -56.5f && x[97] == 63.5f && x[0] == 0.5f * -32 * -127);
+}
+
+static void test_grids(void) {
+    uint8_t block[210] = {0};
+    put_f16(block, 8.0f); /* times 1/2 and 1/4: step 1 */
+    block[6] = 0x01;      /* the flag of value 0, and so value 7 has one: their number is even */
+    const float *x = decode_twice(KVM_DTYPE_IQ2_XXS, block);
+    CHECK(x[0] == -8.0f && x[1] == 8.0f && x[7] == -8.0f && x[8] == 8.0f);
+
+    memset(block + 2, 0, sizeof block - 2);
+    block[66] = 0x10; /* half 1 of group 0: step 3 */
+    block[7] = 0x06;  /* entry 2: values 16 and 17 */
+    x = decode_twice(KVM_DTYPE_IQ2_XS, block);
+    CHECK(x[16] == -24.0f && x[17] == -24.0f && x[18] == 24.0f && x[23] == 24.0f && x[0] == 8.0f);
+
+    memset(block + 2, 0, sizeof block - 2);
+    block[74] = 0x10;
+    block[34 + 2] = 0x80; /* the flag of value 23 */
+    x = decode_twice(KVM_DTYPE_IQ2_S, block);
+    CHECK(x[22] == 24.0f && x[23] == -24.0f && x[0] == 8.0f);
+
+    memset(block + 2, 0, sizeof block - 2);
+    block[66 + 3] = 0x10; /* group 0: times 3/2 and 1/2 */
+    x = decode_twice(KVM_DTYPE_IQ3_XXS, block);
+    CHECK(x[0] == 8 * 0.75f * 4 && x[32] == 8 * 0.25f * 4);
+
+    memset(block + 2, 0, sizeof block - 2);
+    block[106] = 0x10; /* group 1: step 3 * 8 */
+    block[74] = 0x10;  /* the flag of value 4 */
+    x = decode_twice(KVM_DTYPE_IQ3_S, block);
+    CHECK(x[3] == 8.0f && x[4] == -8.0f && x[32] == 24.0f);
+
+    memset(block + 2, 0, sizeof block - 2);
+    block[35] = 0x80; /* group 0 is shifted down */
+    block[37] = 0x10; /* group 1: step 3 */
+    x = decode_twice(KVM_DTYPE_IQ1_S, block);
+    CHECK(x[0] == -9.0f && x[32] == -21.0f && x[64] == -7.0f);
+
+    memset(block, 0, sizeof block);
+    block[53] = 0x80; /* d = 8 = 0x4800, its nibbles in the scales */
+    block[55] = 0x40;
+    block[48] = 0x08; /* half 1 of group 0: step 3 */
+    block[32] = 0x80; /* entry 1 is shifted down */
+    x = decode_twice(KVM_DTYPE_IQ1_M, block);
+    CHECK(x[0] == -7.0f && x[8] == -9.0f && x[16] == -21.0f && x[32] == -7.0f);
+}
+
 int main(void) {
     test_table();
     test_unknown();
     test_plain();
     test_blocks_of_32();
     test_blocks_of_256();
+    test_levels();
+    test_blocks_of_256_in_few_bits();
+    test_grids();
     return check_report();
 }

@@ -175,34 +175,64 @@ static void test_quantize_odd(const kvm_cpu_kernels *kernels) {
 
 /* ---- matmul_q8 ---------------------------------------------------------------------------------------------- */
 
-/* where the f16 fields of a block lie, -1 for none; and the bytes of integer scales of the K formats */
+/* where the f16 fields of a block lie, -1 for none; and what keeps integer scales small: every step-th of n bytes from
+ * `at` on becomes (byte & keep) | set */
 static const struct {
     kvm_dtype type;
     int32_t half[2];
-    int32_t scales, n_scales;
+    struct {
+        int32_t at, n, step;
+        uint8_t keep, set;
+    } small[2];
 } formats[] = {
-    {KVM_DTYPE_Q4_0, {0, -1}, 0, 0},  {KVM_DTYPE_Q4_1, {0, 2}, 0, 0},     {KVM_DTYPE_Q5_0, {0, -1}, 0, 0},
-    {KVM_DTYPE_Q5_1, {0, 2}, 0, 0},   {KVM_DTYPE_Q8_0, {0, -1}, 0, 0},    {KVM_DTYPE_Q4_K, {0, 2}, 4, 12},
-    {KVM_DTYPE_Q5_K, {0, 2}, 4, 12},  {KVM_DTYPE_Q6_K, {208, -1}, 192, 16},
+    {KVM_DTYPE_Q4_0, {0, -1}, {{0}}},
+    {KVM_DTYPE_Q4_1, {0, 2}, {{0}}},
+    {KVM_DTYPE_Q5_0, {0, -1}, {{0}}},
+    {KVM_DTYPE_Q5_1, {0, 2}, {{0}}},
+    {KVM_DTYPE_Q8_0, {0, -1}, {{0}}},
+    {KVM_DTYPE_Q2_K, {80, 82}, {{0}}},
+    {KVM_DTYPE_Q3_K, {108, -1}, {{0}}},
+    {KVM_DTYPE_Q4_K, {0, 2}, {{4, 12, 1, 15, 0}}},
+    {KVM_DTYPE_Q5_K, {0, 2}, {{4, 12, 1, 15, 0}}},
+    {KVM_DTYPE_Q6_K, {208, -1}, {{192, 16, 1, 7, 0}}},
+    {KVM_DTYPE_IQ2_XXS, {0, -1}, {{9, 8, 8, 0x3f, 0}}},
+    {KVM_DTYPE_IQ2_XS, {0, -1}, {{66, 8, 1, 0x33, 0}}},
+    {KVM_DTYPE_IQ3_XXS, {0, -1}, {{69, 8, 4, 0x3f, 0}}},
+    {KVM_DTYPE_IQ1_S, {0, -1}, {{0}}},
+    {KVM_DTYPE_IQ4_NL, {0, -1}, {{0}}},
+    {KVM_DTYPE_IQ3_S, {0, -1}, {{106, 4, 1, 0x77, 0}}},
+    {KVM_DTYPE_IQ2_S, {0, -1}, {{74, 8, 1, 0x33, 0}}},
+    {KVM_DTYPE_IQ4_XS, {0, -1}, {{2, 2, 1, 0, 0xaa}, {4, 4, 1, 0x33, 0}}},
+    {KVM_DTYPE_IQ1_M, {-1, -1}, {{0}}},
+    {KVM_DTYPE_MXFP4, {-1, -1}, {{0}}},
 };
 enum { N_FORMATS = sizeof formats / sizeof *formats };
+_Static_assert(N_FORMATS == KVM_DTYPE_COUNT - 3, "all types but F32, F16 and BF16");
 
-/* n_out rows of n_in weights: random codes (or all bytes `fill`, when it is not negative). With `integer`, every f16
- * is 1 and integer scales stay below 16, so that all weights are integers and all sums of 256 products exact. */
+static void put_scales(int32_t format, bool integer, uint8_t *block) {
+    for (int32_t i = 0; i < 2; i++) {
+        uint16_t half = integer ? kvm_f32_to_f16(1) : random_half();
+        if (formats[format].half[i] >= 0) memcpy(block + formats[format].half[i], &half, sizeof half);
+        for (int32_t j = 0; formats[format].type == KVM_DTYPE_IQ1_M && j < 4; j++) { /* in high nibbles */
+            uint8_t *high = block + 49 + 2 * j;
+            *high = (uint8_t)((*high & 15) | (half >> (4 * j) & 15) << 4);
+        }
+        for (int32_t j = 0; integer && j < formats[format].small[i].n; j++) {
+            uint8_t *byte = block + formats[format].small[i].at + formats[format].small[i].step * j;
+            *byte = (uint8_t)((*byte & formats[format].small[i].keep) | formats[format].small[i].set);
+        }
+    }
+    if (formats[format].type == KVM_DTYPE_MXFP4) *block = (uint8_t)(integer ? 128 : 119 + random_u32() % 4);
+}
+
+/* n_out rows of n_in weights: random codes (or all bytes `fill`, when it is not negative). With `integer`, every scale
+ * is 1 and integer scales are small, so that all weights are multiples of 1/8 and all sums of 256 products exact. */
 static kvm_matrix make_matrix(int32_t format, int32_t n_in, int32_t n_out, bool integer, int32_t fill) {
     const kvm_dtype_info *info = &kvm_dtypes[formats[format].type];
     size_t n_bytes = (size_t)n_out * kvm_dtype_row_bytes(formats[format].type, n_in);
     uint8_t *data = guarded(n_bytes);
     for (size_t i = 0; i < n_bytes; i++) data[i] = (uint8_t)(fill < 0 ? random_u32() : (uint32_t)fill);
-    for (uint8_t *block = data; block < data + n_bytes; block += info->block_bytes) {
-        for (int32_t i = 0; i < 2 && formats[format].half[i] >= 0; i++) {
-            uint16_t half = integer ? kvm_f32_to_f16(1) : random_half();
-            memcpy(block + formats[format].half[i], &half, sizeof half);
-        }
-        for (int32_t i = 0; integer && i < formats[format].n_scales; i++) {
-            block[formats[format].scales + i] &= formats[format].type == KVM_DTYPE_Q6_K ? 7 : 15;
-        }
-    }
+    for (uint8_t *block = data; block < data + n_bytes; block += info->block_bytes) put_scales(format, integer, block);
     return (kvm_matrix){formats[format].type, n_in, n_out, data};
 }
 
@@ -435,12 +465,17 @@ static void test_encode(const kvm_cpu_kernels *kernels) {
             x[at] = p == 0 ? 0.0f : p == 1 ? (float)(random_u32() % 8) : random_unit() * ldexpf(1, p % 60 - 30);
             if (is_odd) x[at] = odd[random_u32() % 6];
         }
-        for (int32_t type = KVM_KVTYPE_F16 + 1; type < KVM_KVTYPE_COUNT; type++) {
-            kernels->encode((kvm_kvtype)type, x, d, codes, scales);
-            kvm_encode((kvm_kvtype)type, x, d, want_codes, want_scales);
+        for (int32_t t = 2 * (KVM_KVTYPE_F16 + 1); t < 2 * KVM_KVTYPE_COUNT; t++) {
+            kvm_kvtype type = (kvm_kvtype)(t / 2);
+            kvm_side side = t % 2 == 0 ? KVM_SIDE_K : KVM_SIDE_V;
+            kernels->encode(type, side, x, d, codes, scales);
+            kvm_encode(type, side, x, d, want_codes, want_scales);
             bool same = memcmp(codes, want_codes, (size_t)n) == 0;
             same = same && memcmp(scales, want_scales, (size_t)n_scales * 2) == 0;
-            if (!CHECK(same)) fprintf(stderr, "    encode of %s, %s d %d\n", kernels->name, kvm_kvtypes[type].name, d);
+            if (!CHECK(same)) {
+                fprintf(stderr, "    encode of %s, %s %s d %d\n", kernels->name, kvm_kvtypes[type].name,
+                        side == KVM_SIDE_K ? "K" : "V", d);
+            }
         }
         for (int32_t at = 0; at < n; at++) x[at] = random_unit();
         memcpy(want_x, x, (size_t)n * sizeof *x);

@@ -1,4 +1,4 @@
-"""The KV codecs, bit for bit: sections 1 to 4 of runtime/kvtype.h in float32 NumPy.
+"""The KV codecs, bit for bit: runtime/kvtype.h in float32 NumPy.
 
 A *page matrix* is X[d, 128]: the channels of one KV head by 128 positions. Functions take any leading axes before it
 (heads, pages), written "...". Every arithmetic step on f32 arrays is one IEEE operation rounded to nearest even, which
@@ -40,6 +40,7 @@ class KvType:
     planes: tuple[int, ...]  # widths, high bits first
     positive: tuple[int, ...]  # the positive levels, ascending; none for f16 and for q8, which has all integers to 127
     fractions: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the scale that reaches the largest |x|
+    v_trellis: bool = False  # V is the code of section 5
 
     @property
     def quantized(self) -> bool:
@@ -78,7 +79,7 @@ KVTYPES = {
         KvType("q5", 5, (4, 1), tuple(range(1, 32, 2)), (1.0, 0.95, 0.9, 0.85, 0.8)),
         KvType("q4", 4, (4,), (3, 9, 15, 22, 29, 37, 48, 63)),
         KvType("q3", 3, (2, 1), (3, 9, 16, 26)),
-        KvType("q2", 2, (2,), (3, 10)),
+        KvType("q2", 2, (2,), (3, 10), v_trellis=True),
     )
 }
 
@@ -179,39 +180,123 @@ def precondition_k(
     return hadamard(x, hadamard_block(x.shape[-2], Side.K)), mean, balance
 
 
+# ---- the trellis code (section 5) -----------------------------------------------------------------------------------
+
+TRELLIS_A = np.array([-8, 5, 0, -4, -2, 2, -6, -10, 4, -1, -5, 3, -6, 10, -10, 1])
+TRELLIS_B = np.array([0, -6, 4, 7, 15, 7, 21, 23, 42, 25, -12, -24, -14, -22, -38, -6])
+STATES = 64  # the last three symbols, W >> 2
+RIVAL = 49_000  # more than the three steps cost from the state at the ring's end to any other
+
+_step = np.arange(PAGE)
+POSITION = 16 * (_step // 4 % 8) + 4 * (_step % 4) + _step // 32  # of each step
+WINDOWS = np.arange(4) | np.arange(STATES)[:, None] << 2  # [state, s[t-3]]
+_a = TRELLIS_A[np.arange(256) & 15]
+LEVELS = (_a + TRELLIS_B[(np.arange(256) // 16 + _a) & 15]).astype(np.int32)  # of each window
+
+
+def is_trellis(kvtype: KvType, side: Side) -> bool:
+    return kvtype.v_trellis and side is Side.V
+
+
+def levels_of(kvtype: KvType, side: Side, codes: Array) -> Array:
+    """codes [..., d, 128] -> their levels, f32."""
+    if not is_trellis(kvtype, side):
+        return kvtype.levels[codes]
+    ring = codes[..., POSITION].astype(np.int32)
+    windows = sum(np.roll(ring, 3 - i, axis=-1) << 2 * i for i in range(4))
+    levels = np.empty(codes.shape, np.float32)
+    levels[..., POSITION] = LEVELS[windows]
+    return levels
+
+
+def lap(y: Array, cost: Array) -> tuple[Array, Array]:
+    """Viterbi over y [n, steps] from costs [n, 64] -> for each step the oldest symbol of the cheapest way into a state
+    [steps, n, 64], of equals the lowest; and the last costs, less the least."""
+    ways = []
+    for target in y.T:
+        into = cost[:, WINDOWS % STATES] + np.square(target[:, None] - LEVELS)[:, WINDOWS]  # [n, 64, 4]
+        ways.append(into.argmin(axis=-1).astype(np.uint8))
+        cost = into.min(axis=-1)
+        cost = cost - cost.min(axis=-1, keepdims=True)
+    return np.array(ways), cost
+
+
+def trace(ways: Array, state: Array) -> tuple[Array, Array]:
+    """Back from the states [n] after the last step: the state before the first step, and the symbols [n, steps]."""
+    symbols = []
+    for way in ways[::-1]:
+        symbols.append(state >> 4)
+        state = WINDOWS[state, way[np.arange(len(state)), state]] % STATES
+    return state, np.array(symbols[::-1]).T
+
+
+def cheapest_ring(y: Array) -> Array:
+    """y [n, 128] by step -> symbols."""
+    ways, cost = lap(np.concatenate([y[:, 96:], y[:, :32]], axis=1), np.zeros((len(y), STATES), np.int32))
+    seam, _ = trace(ways[32:], cost.argmin(axis=-1))
+    ways, _ = lap(y, np.where(np.arange(STATES) == seam[:, None], 0, RIVAL))
+    return trace(ways, seam)[1]
+
+
+def trellis_codes(x: Array) -> Array:
+    """x [..., d/G, G, 128] -> codes."""
+    size = sum_in_order(x * x, axis=-2)[..., None, :]
+    with np.errstate(all="ignore"):
+        inv = np.where(size > 0, np.float32(20) / np.sqrt(size / np.float32(x.shape[-2])), np.float32(0))
+        y = np.rint(np.clip(np.nan_to_num(x * inv, nan=0.0, posinf=75, neginf=-75), -75, 75)).astype(np.int32)
+    codes = np.empty(x.shape, np.uint8)
+    codes[..., POSITION] = cheapest_ring(y[..., POSITION].reshape(-1, PAGE)).reshape(x.shape)
+    return codes
+
+
 # ---- encoding (section 3) -------------------------------------------------------------------------------------------
 
 
-def encode(kvtype: KvType, x: Array) -> tuple[Array, Array]:
-    """x [..., d, 128] f32 -> codes [..., d, 128] uint8, scales [..., d/G, 128] f16.
+def encode(kvtype: KvType, side: Side, x: Array) -> tuple[Array, Array]:
+    """x [..., d, 128] f32 -> codes [..., d, 128] uint8, scales [..., d/G, 128] f16."""
+    *heads, d, _ = x.shape
+    g = group_of(d)
+    x = x.reshape(*heads, d // g, g, PAGE)
+    with np.errstate(all="ignore"):  # 1 / 0 in groups of zeros, numbers that have no square
+        if is_trellis(kvtype, side):
+            codes = trellis_codes(x)
+            scale = np.zeros((*heads, d // g, 1, PAGE), np.float16)
+        else:
+            codes, scale = least_squares(kvtype, x)
+        if side is Side.V:
+            level = levels_of(kvtype, side, codes.reshape(*heads, d, PAGE)).reshape(x.shape)
+            num = sum_in_order(x * level, axis=-2)[..., None, :]
+            ratio = sum_in_order(x * x, axis=-2)[..., None, :] / num
+            has_one = (num > 0) & (ratio > 0) & ((scale > 0) | is_trellis(kvtype, side))
+            scale = np.where(has_one, f16_sat(ratio), scale)
+    return codes.reshape(*heads, d, PAGE), scale[..., 0, :]
+
+
+def least_squares(kvtype: KvType, x: Array) -> tuple[Array, Array]:
+    """x [..., d/G, G, 128] -> codes, scales [..., d/G, 1, 128].
 
     Each factor proposes codes; the least-squares scale for them, num / den, removes num^2 / den of the squared error,
     and the proposal that removes most wins. The scale is kept, the codes are taken again with the scale as rounded.
     A group of zeros gains nothing, so it keeps scale 0.
     """
-    *heads, d, _ = x.shape
-    g = group_of(d)
-    x = x.reshape(*heads, d // g, g, PAGE)
     amax = np.abs(np.where(np.isnan(x), np.float32(0), x)).max(axis=-2, keepdims=True)
-    best, best_gain = np.zeros_like(amax), np.zeros_like(amax)  # [..., d/G, 1, 128]
-    with np.errstate(all="ignore"):  # 1 / 0 in groups of zeros
-        for factor in kvtype.factors:
-            level = kvtype.levels[kvtype.nearest(x * (np.float32(1) / (amax * factor)))]
-            num = sum_in_order(x * level, axis=-2)[..., None, :]
-            den = sum_in_order(level * level, axis=-2)[..., None, :]
-            gain = num * num / den
-            better = gain > best_gain
-            best, best_gain = np.where(better, num / den, best), np.where(better, gain, best_gain)
-        scale = f16_sat(best)
-        codes = kvtype.nearest(x * (np.float32(1) / scale.astype(np.float32)))
-    codes = np.where(scale == 0, kvtype.nearest(np.zeros_like(x)), codes)
-    return codes.reshape(*heads, d, PAGE), scale[..., 0, :]
+    best, best_gain = np.zeros_like(amax), np.zeros_like(amax)
+    for factor in kvtype.factors:
+        level = kvtype.levels[kvtype.nearest(x * (np.float32(1) / (amax * factor)))]
+        num = sum_in_order(x * level, axis=-2)[..., None, :]
+        den = sum_in_order(level * level, axis=-2)[..., None, :]
+        gain = num * num / den
+        better = gain > best_gain
+        best, best_gain = np.where(better, num / den, best), np.where(better, gain, best_gain)
+    scale = f16_sat(best)
+    codes = kvtype.nearest(x * (np.float32(1) / scale.astype(np.float32)))
+    return np.where(scale == 0, kvtype.nearest(np.zeros_like(x)), codes), scale
 
 
-def decode(kvtype: KvType, codes: Array, scales: Array) -> Array:
+def decode(kvtype: KvType, side: Side, codes: Array, scales: Array) -> Array:
     """codes [..., d, 128], scales [..., d/G, 128] -> f32 [..., d, 128], in the frame that was encoded."""
     d = codes.shape[-2]
-    return np.repeat(scales.astype(np.float32), group_of(d), axis=-2) * kvtype.levels[codes]
+    return np.repeat(scales.astype(np.float32), group_of(d), axis=-2) * levels_of(kvtype, side, codes)
 
 
 @dataclass(frozen=True)
@@ -227,7 +312,7 @@ class Encoded:
 
     def raw(self) -> Array:
         """f64 [..., d, 128]: the values back in the frame of the model, the inverse of the preconditioning."""
-        stored = decode(self.kvtype, self.codes, self.scales).astype(np.float64)
+        stored = decode(self.kvtype, self.side, self.codes, self.scales).astype(np.float64)
         x = hadamard(stored, hadamard_block(stored.shape[-2], self.side))
         if self.mean is None or self.balance is None:
             return x
@@ -246,9 +331,9 @@ def encode_side(
     """A page of keys or values, x [..., d, 128] f32, the rest as precondition_k's; V needs neither q_rms nor frozen."""
     if side is Side.K:
         x, mean, balance = precondition_k(x, first, n_valid, q_rms, frozen)
-        return Encoded(kvtype, side, *encode(kvtype, x), mean, balance)
+        return Encoded(kvtype, side, *encode(kvtype, side, x), mean, balance)
     x = hadamard(inside(x, first, n_valid), hadamard_block(x.shape[-2], side))
-    return Encoded(kvtype, side, *encode(kvtype, x))
+    return Encoded(kvtype, side, *encode(kvtype, side, x))
 
 
 # ---- bytes (section 4) ----------------------------------------------------------------------------------------------
@@ -332,7 +417,7 @@ def decode_page(kvtype: KvType, side: Side, page: bytes, d: int) -> Array:
     codes = planes_unpack(kvtype, side, page, d)
     n_groups, start = d // group_of(d), len(planes_pack(kvtype, side, codes))
     scales = np.frombuffer(page, np.float16, n_groups * PAGE, start).reshape(n_groups, PAGE)
-    x = decode(kvtype, codes, scales)
+    x = decode(kvtype, side, codes, scales)
     return x if side is Side.K else x.T
 
 

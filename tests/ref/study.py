@@ -5,7 +5,7 @@ f16. Pages are X[d, 128], channels by positions, as in codec.py; here only value
 plain f32 and the bits per value are a figure beside it. Nothing outside [first, n_valid) is read or written.
 
     K:  X --less mean--> --/ balance--> --H--> encode, decode --H--> --* balance--> --+ mean--> X~
-    V:  X --H64--> encode, decode --H64--> X~
+    V:  X --H64--> encode, decode --H64--> X~, the whole page at once, 0 outside
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import KVTYPES, PAGE, Array, hadamard
+from .codec import KVTYPES, PAGE, Array, Side, decode, encode, hadamard, inside, is_trellis
 
 Codec = Callable[[Array], Array]  # [d, n positions] -> what it decodes to
 
@@ -31,9 +31,9 @@ def grouped(x: Array, group: int) -> Array:
     return x.reshape(d // group, group, -1)
 
 
-def searched(levels: Array, fractions: tuple[float, ...], group: int = 64) -> Codec:
+def searched(levels: Array, fractions: tuple[float, ...], group: int = 64, unbiased: bool = False) -> Codec:
     """The runtime's encoder (kvtype.h section 3) for symmetric levels, `levels` [m] being the upper half: a
-    least-squares scale, in f16, for every position and group of channels."""
+    least-squares scale, in f16, for every position and group of channels, or in the end V's unbiased one."""
     levels = levels.astype(np.float32)
     middles = (levels[1:] + levels[:-1]) / 2
 
@@ -60,7 +60,11 @@ def searched(levels: Array, fractions: tuple[float, ...], group: int = 64) -> Co
                 better = gain > best_gain
                 best, best_gain = np.where(better, num / den, best), np.where(better, gain, best_gain)
             scale = best.astype(np.float16).astype(np.float32)
-            out = nearest(g / scale) * scale
+            level = nearest(g / scale)
+            if unbiased:
+                ratio = np.einsum("gcn,gcn->gn", g, g) / np.einsum("gcn,gcn->gn", g, level)
+                scale = np.where(scale == 0, 0, ratio[:, None]).astype(np.float16).astype(np.float32)
+            out = level * scale
         return np.where(scale == 0, 0, out).reshape(x.shape)
 
     return roundtrip
@@ -83,18 +87,25 @@ def min_max(bits: float, group: int, along: str = "channels") -> Codec:
     return roundtrip
 
 
-def runtime_type(name: str) -> Codec:
+def runtime_type(name: str, side: Side) -> Codec:
     """q8 .. q2 as the runtime has them."""
     kvtype = KVTYPES[name]
+    if is_trellis(kvtype, side):
+        return lambda x: decode(kvtype, side, *encode(kvtype, side, x.astype(np.float32)))
     levels = kvtype.levels
-    return searched(levels[levels >= 0], kvtype.fractions)
+    return searched(levels[levels >= 0], kvtype.fractions, unbiased=side is Side.V)
 
 
-CODECS: dict[str, Codec] = {
-    **{name: runtime_type(name) for name, kvtype in KVTYPES.items() if kvtype.quantized},
-    "1": searched(np.array([1.0]), (1.0,)),
-    "1.58": searched(np.array([0.0, 1.0]), (1.0, 0.85, 0.7, 0.55, 0.4)),
-}
+def codecs(side: Side) -> dict[str, Codec]:
+    unbiased = side is Side.V
+    return {
+        **{name: runtime_type(name, side) for name, kvtype in KVTYPES.items() if kvtype.quantized},
+        "1": searched(np.array([1.0]), (1.0,), unbiased=unbiased),
+        "1.58": searched(np.array([0.0, 1.0]), (1.0, 0.85, 0.7, 0.55, 0.4), unbiased=unbiased),
+    }
+
+
+CODECS, V_CODECS = codecs(Side.K), codecs(Side.V)
 
 
 # ---- the way of a page ----------------------------------------------------------------------------------------------
@@ -174,8 +185,8 @@ class Study:
         if self.k is not None:
             page.k[:, where] = self.keys(page, where)
         if self.v is not None:
-            x = turn(page.v[where].T.astype(np.float32), self.v_rotation)
-            page.v[where] = turn(self.v(x), self.v_rotation).T
+            x = inside(page.v.T.astype(np.float32), page.first, page.n_valid)
+            page.v[where] = turn(self.v(turn(x, self.v_rotation)), self.v_rotation).T[where]
 
     def keys(self, page: Page, where: slice) -> Array:
         """[d_k, n], as decoded."""
