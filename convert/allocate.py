@@ -117,10 +117,12 @@ def by_scores(
 ) -> Problem:
     """Scores act as norms: a type's error is expected to be score^2 times its own, which is 4^-bits in the paper's rule
     and else what was measured of our codecs."""
-    law = {t.name: 4.0**-t.bits if solver == "greedy" else t.nmse for t in TYPES.values()}
+    papers = {t.name: 4.0**-t.bits for t in TYPES.values()}
+    k_law = papers if solver == "greedy" else {t.name: t.nmse for t in TYPES.values()}
+    v_law = papers if solver == "greedy" else {t.name: t.v_nmse for t in TYPES.values()}
     k, v = (
         tuple({name: score**2 * error for name, error in law.items()} for score in scores)
-        for scores in (k_scores, v_scores)
+        for scores, law in ((k_scores, k_law), (v_scores, v_law))
     )
     return Problem(tuple(layers), k, v, solver, types or default_types(solver), keys_first, nominal)
 
