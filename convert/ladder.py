@@ -4,7 +4,8 @@ Free choice of types by weight norms was measured to be worse than one good pair
 about as sensitive. So a layer moves along pairs that were measured to be worth their bytes, keys never below values,
 and a score decides only which layers step up first where a budget lies between two pairs.
 
-ladder.csv: pair, its physical bits a value, and for each model of a column the mean KLD of that pair in all its layers.
+ladder.csv: pair, its physical bits a value, and for each model of a column the mean KLD of that pair in all its layers;
+tests/bench/make_ladder.py makes it.
 """
 
 import csv

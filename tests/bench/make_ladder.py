@@ -1,6 +1,6 @@
 """Makes convert/ladder.csv: what each pair of types costs, in all layers alike, on real models.
 
-    python tests/bench/ladder.py MODEL.gguf:NAME ... [--chunks 2] > convert/ladder.csv
+    python tests/bench/make_ladder.py MODEL.gguf:NAME ... [--chunks 2] > convert/ladder.csv
 
 Mean KLD against the f16 cache, strict, 16 sinks, act=f32, over the first chunks of 2048 tokens of Kim and of the
 calibration text (texts.py), second half scored, all pairs in lockstep. bits: of a packed value, both sides, at a head
