@@ -236,7 +236,7 @@ def test_a_memory_is_kept_and_used(source: Path, tmp_path: Path, solver: str) ->
         (["out.gguf", "--ctx", 4096], "--memory and --ctx belong together"),
         (["out.gguf", "--score", "measured"], "--score measured runs the model on a text: give --text"),
         (["out.gguf", "--budget", 2], "a budget of 2 bits is too small"),
-        (["out.gguf", "--types", "q5"], "the ladder has no pair of q5 alone"),
+        (["out.gguf", "--types", "q2"], "the ladder has no pair of q2 alone"),
         (["out.gguf", "--check", "nothing.txt"], "cannot read the text nothing.txt"),
     ],
 )
